@@ -40,6 +40,7 @@ $(VENV)/.demo: $(VENV)/.made pyproject.toml
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.made pyproject.toml
+	@echo "Installing PyTorch and the test tools, once: this takes a minute or more."
 	$(BIN)/python -m pip install $(PIP_FLAGS) --editable ".[test]"
 	@touch $@ $(VENV)/.demo
 
@@ -48,10 +49,11 @@ $(BENCH_VENV)/.ready: $(BENCH_VENV)/.made pyproject.toml benchmarks/requirements
 	@touch $@
 
 %/.made:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "lmsolve needs Python 3.11 or newer, and '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)."; \
-	  echo "Name another one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
-	$(PYTHON) -m venv $* || { \
-	  echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "lmsolve needs Python 3.11 or newer; '$(PYTHON)' is older or missing."; \
+	  echo "Name another one, for example: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@echo "$(PYTHON) -m venv $*"
+	@$(PYTHON) -m venv $* || { \
+	  echo "That failed; on Debian and Ubuntu 'apt install python3-venv' helps."; exit 1; }
 	@touch $@
 .PRECIOUS: %/.made
