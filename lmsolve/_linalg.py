@@ -1,0 +1,142 @@
+"""Small dense solves: symmetric positive definite systems and the SVD of a triangular factor.
+
+NumPy systems go to LAPACK directly (dposv costs 2 us at n = 3, ``numpy.linalg.cholesky`` and two
+solves 25), other namespaces through their own ``linalg``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import array_api_compat
+import numpy as np
+from scipy.linalg import lapack
+
+from ._xp import Array, Namespace, is_torch
+
+LinAlgError = np.linalg.LinAlgError
+
+
+class Cholesky:
+    """Factor of a symmetric positive definite matrix (n, n); LinAlgError if it is not one.
+
+    ``pivot`` is the smallest squared diagonal entry of the factor: for a matrix scaled to a unit
+    diagonal, about the reciprocal of its condition number.
+    """
+
+    __slots__ = ("_factor", "_potrs", "_xp", "pivot")
+
+    def __init__(self, xp: Namespace, A: Array, overwrite: bool = False) -> None:
+        self._xp = xp
+        if xp is np:
+            single = A.dtype == np.float32
+            potrf = lapack.spotrf if single else lapack.dpotrf
+            self._potrs = lapack.spotrs if single else lapack.dpotrs
+            # The transpose of a symmetric C-ordered matrix is itself, Fortran-ordered: no copy.
+            self._factor, info = potrf(A.T, lower=1, overwrite_a=overwrite, clean=0)
+            if info != 0:
+                raise LinAlgError(f"leading minor {info} is not positive definite")
+            root = self._factor.diagonal().min()
+            self.pivot = float(root * root)
+            if not self.pivot > 0:
+                raise LinAlgError("the matrix is not finite")
+            return
+        self._factor = _cholesky(xp, A)
+        diagonal = xp.linalg.diagonal(self._factor)
+        self.pivot = float(xp.min(diagonal)) ** 2
+        if not self.pivot > 0:
+            raise LinAlgError("the matrix is singular or not finite")
+
+    def solve(self, b: Array) -> Array:
+        """Solution (n,) of ``A y = b``."""
+        if self._xp is np:
+            y, _ = self._potrs(self._factor, b, lower=1)
+            return y
+        return _cholesky_solve(self._xp, self._factor, b)
+
+
+def _cholesky(xp: Namespace, A: Array) -> Array:
+    """Lower factor of ``A``; every library's own exception becomes LinAlgError."""
+    if is_torch(A):
+        factor, info = xp.linalg.cholesky_ex(A)
+        if int(info) != 0:
+            raise LinAlgError(f"leading minor {int(info)} is not positive definite")
+        return factor
+    return xp.linalg.cholesky(A)
+
+
+def _cholesky_solve(xp: Namespace, L: Array, b: Array) -> Array:
+    """Solution (n,) of ``L L' y = b``."""
+    if is_torch(L):
+        return xp.cholesky_solve(b[:, None], L)[:, 0]
+    y = xp.linalg.solve(L, b[:, None])
+    return xp.linalg.solve(xp.linalg.matrix_transpose(L), y)[:, 0]
+
+
+def spd_matrix(xp: Namespace, gram: Array, d: Array) -> Array:
+    """``diag(d) gram diag(d)``, a new matrix (n, n)."""
+    if xp is np:
+        A = gram * d
+        A *= d[:, None]
+        return A
+    return gram * d[None, :] * d[:, None]
+
+
+def add_diagonal(xp: Namespace, A: Array, mu: float) -> Array:
+    """A copy of ``A`` with ``mu`` added on the diagonal."""
+    if xp is np:
+        B = A.copy()
+        B.ravel()[:: A.shape[0] + 1] += mu
+        return B
+    return A + mu * identity(xp, A)
+
+
+def identity(xp: Namespace, A: Array) -> Array:
+    """Identity (n, n) of the dtype and device of the matrix ``A``."""
+    return xp.eye(A.shape[0], dtype=A.dtype, device=array_api_compat.device(A))
+
+
+def triangle(xp: Namespace, J: Array, r: Array, d: Array) -> tuple[Array, Array]:
+    """R (k, n) and c (k,) with ``|J diag(d) q + r| = |R q + c| + const`` for every q.
+
+    A tall J is reduced block of rows by block of rows, so that the scaled copy never exceeds a
+    block (Demmel, Grigori, Hoemmen, Langou 2012, "Communication-optimal parallel and sequential QR
+    and LU factorizations", section 2: the sequential tall-skinny QR).
+    """
+    m, n = J.shape
+    rows = max(4 * (n + 1), 8192)
+    R = None
+    for start in range(0, m, rows):
+        block = _augmented(xp, J[start : start + rows, :], r[start : start + rows], d)
+        if R is not None:
+            block = xp.concat([R, block], axis=0)
+        R = qr_r(xp, block)
+    assert R is not None
+    return R[:, :n], R[:, n]
+
+
+def _augmented(xp: Namespace, J: Array, r: Array, d: Array) -> Array:
+    """``[J diag(d), r]`` (m, n + 1)."""
+    if xp is np:
+        block = np.empty((J.shape[0], J.shape[1] + 1), dtype=J.dtype, order="F")
+        np.multiply(J, d, out=block[:, :-1])
+        block[:, -1] = r
+        return block
+    return xp.concat([J * d[None, :], r[:, None]], axis=1)
+
+
+def qr_r(xp: Namespace, A: Array) -> Array:
+    """Upper triangular factor R (min(m, n), n) of ``A`` (m, n)."""
+    if xp is np:
+        if not np.isfinite(A[-1].sum()):
+            raise LinAlgError("the matrix is not finite")
+        geqrf = lapack.sgeqrf if A.dtype == np.float32 else lapack.dgeqrf
+        factor = geqrf(A, overwrite_a=1)[0]
+        return np.triu(factor[: min(A.shape)])
+    return xp.linalg.qr(A, mode="reduced")[1]
+
+
+def svd(xp: Namespace, A: Array) -> tuple[Array, Array, Array]:
+    """Thin SVD ``A = U diag(s) V'``; returns U, s and V'. LinAlgError if it does not converge."""
+    result: Any = xp.linalg.svd(A, full_matrices=False)
+    return result[0], result[1], result[2]

@@ -1,0 +1,380 @@
+"""Levenberg-Marquardt with a trust radius, and a polish: `init`, `step`, `resume`.
+
+At x the residuals r are linearised, r(x + p) ~ r + J p, and the step minimises the model on a
+ball, ``|D p| <= radius``, where D is the running maximum of the column norms of J (J. J. More
+1978, section 6), so that neither the units of a parameter nor a bad start set its scale for good.
+The gain ratio of the trial decides on acceptance and radius (`_damping`).
+
+Convergence tests, after a trial (with ``cost = F``, ``g`` the gradient):
+
+    ftol:   actual and predicted decrease of F both at most ftol F, and in a ratio below 2,
+    xtol:   |D p| or the radius at most xtol |D x|,
+    gtol:   the largest cosine |g_j| / (|J_j| |r|) between r and a column of J at most gtol.
+
+Each of them can fire far from a minimum: in a flat valley, or behind a small radius. So one that
+fires starts a polish instead of ending the run: undamped Gauss-Newton steps, accelerated by
+Anderson mixing (D. G. Anderson 1965; H. Walker, P. Ni 2011), which go on until a step changes no
+parameter by more than POLISHED of itself, or until the steps stop shrinking. Where the undamped
+step predicts more than ftol, the run was not converged, and the damped iteration takes over again.
+One-sided differences are replaced by central ones for the polish where their error would show.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import _trust
+from ._bounds import Box
+from ._damping import ACCEPT, Damping, interpolated
+from ._linalg import LinAlgError
+from ._problem import LeastSquaresProblem
+from ._state import LMState
+from ._trust import Step
+from ._xp import Array, Namespace, eps, to_floats
+
+#: The polish ends when no parameter changes by more than this share of itself.
+POLISHED = 1e-10
+#: Steps of a polish, at most, and how many earlier steps each one is mixed with.
+POLISH_STEPS, MEMORY = 20, 5
+#: How often a run that a test declared converged may find out that it was not.
+DOUBTS = 3
+#: Central differences replace one-sided ones where these would move a parameter by this share.
+DIFFERENCE_ERROR = 2e-8
+
+CALLBACK, MAX_NFEV, GTOL, FTOL, XTOL, BOTH = -2, 0, 1, 2, 3, 4
+STALLED, SINGULAR = -3, -4
+
+
+class Point(NamedTuple):
+    """What is known at the current x beyond the state: recomputed by `resume`, never saved."""
+
+    residual: Any
+    subproblem: Any = None
+    D: Any = None
+    d: Any = None
+    held: Any = None
+
+
+class LevenbergMarquardt:
+    """The step-wise solver: tolerances and policy, without a state of its own.
+
+    Parameters
+    ----------
+    ftol, xtol, gtol : float
+        Tolerances of the three convergence tests; 0 disables a test.
+    max_nfev : int or None
+        Residual evaluations at most; None for no limit.
+    x_scale : array, shape (n,), or None
+        Fixed characteristic sizes of the parameters; None scales by the running maximum of the
+        column norms of the Jacobian.
+    bounds : Box or None
+        Bounds on the parameters.
+    polish : bool
+        Whether a run that a test declares converged is polished.
+    """
+
+    def __init__(
+        self,
+        *,
+        ftol: float = 1e-8,
+        xtol: float = 1e-8,
+        gtol: float = 1e-8,
+        max_nfev: int | None = None,
+        x_scale: Array | None = None,
+        bounds: Box | None = None,
+        polish: bool = True,
+    ) -> None:
+        self.ftol, self.xtol, self.gtol = ftol, xtol, gtol
+        self.max_nfev = math.inf if max_nfev is None else max_nfev
+        self.x_scale = x_scale
+        self.bounds = bounds
+        self.polish = polish
+
+    def init(self, problem: LeastSquaresProblem, x0: Array, residual: Any = None) -> LMState:
+        """State at the start x0 (n,); evaluates the residuals there unless they are given.
+
+        Raises
+        ------
+        ValueError
+            If the cost at ``x0`` is not finite.
+        """
+        r = problem.residual(x0) if residual is None else residual
+        (cost,) = to_floats(problem.cost(r))
+        if not math.isfinite(cost):
+            raise ValueError(f"The cost must be finite at `x0`, got {cost}.")
+        return LMState(x=x0, cost=cost, scale=None, damping=Damping(0.0), point=Point(r))
+
+    def resume(self, problem: LeastSquaresProblem, state: LMState) -> LMState:
+        """The state, ready to step on ``problem``: a checkpoint that was loaded, or new data.
+
+        Residuals and cost are evaluated anew and not counted: the counters of a resumed run equal
+        those of one that was never interrupted. Scale and damping carry over, the cost never does.
+        """
+        if state.central:
+            getattr(problem, "refine_derivatives", bool)()
+        r = problem.residual(state.x)
+        (cost,) = to_floats(problem.cost(r))
+        return state._replace(cost=cost, point=Point(r), status=None)
+
+    def step(self, problem: LeastSquaresProblem, state: LMState) -> LMState:
+        """The state after one trial, which costs one residual evaluation.
+
+        The problem is linearised first if ``x`` is new. A state whose ``status`` is not None has
+        ended; it is then final, with its linearisation in ``point``.
+        """
+        if state.point.subproblem is None:
+            state = self._linearized(problem, state)
+            if state.status is not None:
+                return state
+        if state.nfev >= self.max_nfev:
+            return state._replace(status=MAX_NFEV, value=state.nfev, limit=self.max_nfev)
+        if state.fired:
+            return self._polish(problem, state)
+        return self._trial(problem, state)
+
+    def _linearized(self, problem: LeastSquaresProblem, state: LMState) -> LMState:
+        """The state with the linearisation at x, scale and gradient test brought up to date."""
+        xp = problem.xp
+        sub = problem.linearize(state.x, state.point.residual)
+        scale = self._scale(xp, sub, state)
+        D = scale if xp is np and scale.all() else _where(xp, scale > 0, scale, 1.0)
+        d = 1.0 / D
+        held = None
+        if self.bounds is not None:
+            held = self.bounds.held(state.x, sub.grad)
+            d = _where(xp, held, 0.0 * d, d)
+        damping = state.damping
+        if damping.radius == 0.0:
+            length = _trust.scaled_norm(xp, state.x, D)
+            damping = Damping(length if 0.0 < length < math.inf else 1.0)
+        state = state._replace(
+            scale=scale,
+            damping=damping,
+            njev=state.njev + 1,
+            point=Point(state.point.residual, sub, D, d, held),
+        )
+        return self._gradient_test(xp, state)
+
+    def _scale(self, xp: Namespace, sub: Any, state: LMState) -> Array:
+        """Running maximum of the column norms (n,), or the user's fixed scale."""
+        if self.x_scale is not None:
+            return 1.0 / self.x_scale
+        if sub.norms is None:
+            return xp.ones_like(state.x)
+        return sub.norms if state.scale is None else xp.maximum(state.scale, sub.norms)
+
+    def _gradient_test(self, xp: Namespace, state: LMState) -> LMState:
+        """The state, ended or polishing if the gradient vanishes."""
+        sub, rnorm = state.point.subproblem, math.sqrt(2.0 * state.cost)
+        g = sub.grad if state.point.held is None else sub.grad * (state.point.d > 0)
+        norms = state.point.D if sub.norms is None else sub.norms
+        (steepest,) = to_floats(_largest_ratio(xp, g, norms))
+        if not math.isfinite(steepest):
+            return state._replace(status=STALLED, value=steepest, limit=self.gtol)
+        cosine = steepest / rnorm if rnorm > 0 else 0.0
+        if cosine == 0.0:
+            return state._replace(status=GTOL, value=0.0, limit=self.gtol)
+        if cosine <= self.gtol and not state.fired:
+            return state._replace(fired=GTOL, value=cosine, limit=self.gtol)
+        return state
+
+    def _trial(self, problem: LeastSquaresProblem, state: LMState) -> LMState:
+        """One damped trial."""
+        xp, point = problem.xp, state.point
+        sub, damping = point.subproblem, state.damping
+        try:
+            step = self._damped(xp, state)
+        except LinAlgError:
+            return state._replace(status=SINGULAR, value=damping.mu)
+        if state.nfev == 1:
+            damping = damping.first(step.length)
+        x_new = state.x + step.p
+        r_new = problem.residual(x_new)
+        cost_new, predicted, slope = to_floats(
+            problem.cost(r_new), sub.reduction(step.p), sub.grad @ step.p
+        )
+        actual = state.cost - cost_new if math.isfinite(cost_new) else -math.inf
+        ratio = actual / predicted if predicted > 0 else 0.0
+        damping = Damping(damping.radius, step.mu).updated(
+            ratio, step.length, interpolated(actual, slope, state.cost, cost_new)
+        )
+        accepted = ratio > ACCEPT
+        new = state._replace(
+            nfev=state.nfev + 1,
+            damping=damping,
+            ratio=ratio,
+            length=step.length,
+            accepted=accepted,
+        )
+        if accepted:
+            new = new._replace(
+                x=x_new, cost=cost_new, nit=state.nit + 1, point=Point(r_new)
+            )
+        return self._convergence_tests(xp, state, new, actual, predicted, point.D)
+
+    def _damped(self, xp: Namespace, state: LMState) -> Step:
+        """The step on the trust region, inside the bounds."""
+        point, damping = state.point, state.damping
+        epsilon = eps(xp, state.x.dtype)
+        if self.bounds is None:
+            return _trust.step(
+                xp, point.subproblem, point.d, point.D, damping.radius, damping.mu, epsilon
+            )
+        return _trust.bounded_step(xp, point, self.bounds, state.x, damping, epsilon)
+
+    def _convergence_tests(
+        self, xp: Namespace, old: LMState, new: LMState, actual: float, predicted: float, D: Array
+    ) -> LMState:
+        """``new`` with the test that fired, if one did."""
+        decrease = max(abs(actual), predicted)
+        flat = decrease <= self.ftol * old.cost and new.ratio <= 2.0
+        reach = self.xtol * _trust.scaled_norm(xp, new.x, D) if self.xtol else 0.0
+        short = min(new.length, new.damping.radius) <= reach
+        if flat and not short:
+            return new._replace(fired=FTOL, value=decrease / old.cost, limit=self.ftol)
+        if short:
+            value = min(new.length, new.damping.radius) * self.xtol / reach if reach else 0.0
+            return new._replace(fired=BOTH if flat else XTOL, value=value, limit=self.xtol)
+        return new
+
+    def _polish(self, problem: LeastSquaresProblem, state: LMState) -> LMState:
+        """One undamped trial after a convergence test has fired, or the end."""
+        xp, point = problem.xp, state.point
+        sub = point.subproblem
+        ended = state._replace(status=state.fired)
+        step = self._undamped(xp, state) if self.polish else None
+        if step is None:
+            return ended
+        rnorm = math.sqrt(2.0 * state.cost)
+        size = xp.abs(state.x) + 1e-4 * rnorm * point.d
+        change, predicted = to_floats(_largest_ratio(xp, step.p, size), sub.reduction(step.p))
+        precision = eps(xp, state.x.dtype)
+        error = getattr(problem, "derivative_error", float)()
+        if not math.isfinite(change) or change <= max(POLISHED, error, 8.0 * precision):
+            if error and self._differences_show(xp, state, error, rnorm):
+                return self._with_central_differences(problem, state, ended)
+            return ended
+        if error and not state.central and self._differences_show(xp, state, error, rnorm):
+            return self._with_central_differences(problem, state, ended)
+        stagnant = state.polished > 1 and change > 4.0 * state.length
+        if stagnant or state.polished >= POLISH_STEPS:
+            return ended
+        p, trail = _mixed(xp, state, step, point)
+        x_new = state.x + p
+        if self.bounds is not None:
+            x_new = self.bounds.clip(xp, x_new)
+        r_new = problem.residual(x_new)
+        (cost_new,) = to_floats(problem.cost(r_new))
+        # Rounding in the model values, about |J x|, blurs the cost by eps |r| |D x|.
+        noise = precision * (4.0 * state.cost + rnorm * _trust.scaled_norm(xp, state.x, point.D))
+        converged = predicted <= self.ftol * state.cost
+        state = state._replace(nfev=state.nfev + 1)
+        if cost_new <= state.cost + noise:
+            new = state._replace(
+                x=x_new,
+                cost=cost_new,
+                nit=state.nit + 1,
+                accepted=True,
+                length=change,
+                ratio=(state.cost - cost_new) / predicted if predicted > 0 else 1.0,
+                polished=state.polished + 1,
+                trail=trail,
+                point=Point(r_new),
+            )
+            if converged:
+                return new
+            radius = max(state.damping.radius, 2.0 * step.length)
+            return new._replace(fired=0, polished=0, trail=(), damping=Damping(radius))
+        state = state._replace(accepted=False, polished=0, trail=())
+        if not converged and state.doubts < DOUBTS:
+            return state._replace(fired=0, doubts=state.doubts + 1)
+        return state._replace(status=state.fired)
+
+    def _undamped(self, xp: Namespace, state: LMState) -> Step | None:
+        """The Gauss-Newton step inside the bounds, or None where it does not exist."""
+        point = state.point
+        if self.bounds is None:
+            return _trust.gauss_newton(xp, point.subproblem, point.d, point.D)
+        try:
+            return _trust.bounded_step(
+                xp, point, self.bounds, state.x, Damping(math.inf), eps(xp, state.x.dtype)
+            )
+        except LinAlgError:
+            return None
+
+    def _differences_show(
+        self, xp: Namespace, state: LMState, error: float, rnorm: float
+    ) -> bool:
+        """Whether an error in J may move a parameter by more than DIFFERENCE_ERROR of itself.
+
+        To first order x moves by ``(J'J)^-1 dJ'r``, at most ``error |r| / pivot`` in scaled space.
+        """
+        if state.central:
+            return False
+        pivot = getattr(state.point.subproblem, "pivot", 0.0)
+        size = xp.abs(state.x) * state.point.D
+        (smallest,) = to_floats(xp.min(size))
+        return error * rnorm > DIFFERENCE_ERROR * pivot * smallest
+
+    def _with_central_differences(
+        self, problem: LeastSquaresProblem, state: LMState, ended: LMState
+    ) -> LMState:
+        """The state at the same x, to be linearised by central differences; or the end."""
+        if not getattr(problem, "refine_derivatives", bool)():
+            return ended
+        point = Point(state.point.residual)
+        return self.step(problem, state._replace(central=True, point=point, polished=0, trail=()))
+
+
+def _mixed(
+    xp: Namespace, state: LMState, step: Step, point: Point
+) -> tuple[Array, tuple[tuple[Array, Array], ...]]:
+    """Anderson's mixture of the step with those before it (n,), and the new trail.
+
+    With x_i and p_i the earlier points and steps, the weights minimise the scaled norm of
+    ``p - sum(w_i (p - p_i))``; Walker and Ni (2011), eq. 2.3, with the newest point as the base.
+    """
+    trail = state.trail
+    p = step.p
+    new_trail = ((state.x, p), *trail)[:MEMORY]
+    if not trail:
+        return p, new_trail
+    dP = [(p - p_i) for _, p_i in trail]
+    columns = xp.stack([column * point.D for column in dP], axis=1)
+    weights = _least_squares_weights(columns, p * point.D, xp)
+    mixed = p
+    for w, (x_i, _), dp in zip(weights, trail, dP, strict=True):
+        mixed = mixed - w * ((state.x - x_i) + dp)
+    far = not _trust.scaled_norm(xp, mixed, point.D) <= 10.0 * step.length
+    return (p if far else mixed), new_trail
+
+
+def _least_squares_weights(A: Array, b: Array, xp: Namespace) -> Sequence[float]:
+    """Host weights (k,) that minimise ``|A w - b|``, k <= MEMORY, small directions left out."""
+    gram = xp.matmul(A.T, xp.concat([A, b[:, None]], axis=1))
+    k = A.shape[1]
+    flat = to_floats(*[gram[i, j] for i in range(k) for j in range(k + 1)])
+    M = np.array(flat).reshape(k, k + 1)
+    scale = np.sqrt(np.diagonal(M[:, :k]))
+    scale = np.where(scale > 0, scale, 1.0)
+    w = np.linalg.lstsq(M[:, :k] / np.outer(scale, scale), M[:, k] / scale, rcond=1e-13)[0]
+    return [float(v) for v in w / scale]
+
+
+def _where(xp: Namespace, mask: Array, a: Array, b: Array | float) -> Array:
+    """``xp.where`` that takes a number for ``b`` in every namespace."""
+    return xp.where(mask, a, b * xp.ones_like(a) if isinstance(b, float) else b)
+
+
+def _largest_ratio(xp: Namespace, a: Array, b: Array) -> Array:
+    """0-d maximum of |a_j| / b_j over the entries with a positive b_j."""
+    a = xp.abs(a)
+    positive = b > 0
+    if xp is np and positive.all():
+        return np.max(a / b)
+    one, zero = xp.ones_like(b), xp.zeros_like(a)
+    return xp.max(xp.where(positive, a / xp.where(positive, b, one), zero))

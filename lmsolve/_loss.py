@@ -1,0 +1,85 @@
+"""Robust losses rho(z) and their second-order correction of residual and Jacobian rows.
+
+The objective is ``0.5 * sum(C**2 * rho((r_i / C)**2))`` with ``C = f_scale``. Its gradient is
+``J' (rho' r)``, and its Gauss-Newton matrix ``J' diag(rho' + 2 z rho'') J`` (Triggs et al., 2000,
+eq. 11). Scaling row i of J by ``w_i = sqrt(max(rho' + 2 z rho'', eps))`` and of r by
+``rho' / w_i`` gives a plain linear least-squares problem with the same gradient and curvature,
+so nothing behind this module knows about losses.
+
+References: B. Triggs, P. McLauchlan, R. Hartley, A. Fitzgibbon, "Bundle adjustment - a modern
+synthesis", Vision Algorithms (2000), section 4.3 and appendix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from ._xp import Array, Namespace, total
+
+#: (xp, z) -> rho, rho', rho'' at z, each of the shape of z.
+Rho = Callable[[Namespace, Array], tuple[Array, Array, Array]]
+
+
+def _huber(xp: Namespace, z: Array) -> tuple[Array, Array, Array]:
+    inside = z <= 1
+    s = xp.sqrt(xp.where(inside, xp.ones_like(z), z))
+    zero = xp.zeros_like(z)
+    rho = xp.where(inside, z, 2 * s - 1)
+    return rho, 1 / s, xp.where(inside, zero, -0.5 / s**3)
+
+
+def _soft_l1(xp: Namespace, z: Array) -> tuple[Array, Array, Array]:
+    s = xp.sqrt(1 + z)
+    # z / (s + 1) is s - 1 without the cancellation at small z.
+    return 2 * (z / (s + 1)), 1 / s, -0.5 / s**3
+
+
+def _cauchy(xp: Namespace, z: Array) -> tuple[Array, Array, Array]:
+    t = 1 / (1 + z)
+    return xp.log1p(z), t, -(t**2)
+
+
+def _arctan(xp: Namespace, z: Array) -> tuple[Array, Array, Array]:
+    t = 1 / (1 + z**2)
+    return xp.atan(z), t, -2 * z * t**2
+
+
+LOSSES: dict[str, Rho | None] = {
+    "linear": None,
+    "huber": _huber,
+    "soft_l1": _soft_l1,
+    "cauchy": _cauchy,
+    "arctan": _arctan,
+}
+
+
+class Loss(NamedTuple):
+    """A robust loss with its scale: cost (0-d) of residuals and the weights of their rows."""
+
+    rho: Rho
+    f_scale: float | Array = 1.0
+
+    def cost(self, xp: Namespace, r: Array) -> Array:
+        """0-d ``0.5 * sum(C**2 rho((r / C)**2))``."""
+        C = self.f_scale
+        return 0.5 * total(xp, C**2 * self.rho(xp, (r / C) ** 2)[0])
+
+    def weights(self, xp: Namespace, r: Array) -> tuple[Array, Array]:
+        """Factors (m,) of the rows of J, and the residuals (m,) that go with them."""
+        z = (r / self.f_scale) ** 2
+        _, rho1, rho2 = self.rho(xp, z)
+        floor = float(xp.finfo(r.dtype).eps)
+        curvature = rho1 + 2 * rho2 * z
+        w = xp.sqrt(xp.where(curvature > floor, curvature, xp.full_like(curvature, floor)))
+        return w, r * (rho1 / w)
+
+
+def user_loss(function: Callable[[Array], Array]) -> Rho:
+    """A user's ``loss(z) -> (3, m)`` array as a rho."""
+
+    def rho(xp: Namespace, z: Array) -> tuple[Array, Array, Array]:
+        values = function(z)
+        return values[0, ...], values[1, ...], values[2, ...]
+
+    return rho

@@ -1,0 +1,270 @@
+"""Finite-difference Jacobians, dense and grouped, never evaluated outside the bounds.
+
+The step of parameter j is ``h_j = eps**(1/s) * size_j`` with s = 2 for one-sided differences and
+s = 3 for central ones, where ``size_j = max(|x_j|, FLOOR * typical_j)``: relative to the parameter
+itself, so that one of 1e-7 is differentiated as well as one of 1e7, and with a floor that keeps a
+parameter on its way through zero from being differentiated by rounding errors.
+
+References: Curtis, Powell, Reid (1974), "On the estimation of sparse Jacobian matrices"
+(grouped columns); Squire and Trapp (1998), "Using complex variables to estimate derivatives of
+real functions" (the complex step).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ._xp import Array, Namespace
+
+#: A parameter that is smaller than this share of its typical size is stepped by that share.
+FLOOR = 1e-3
+
+Evaluate = Callable[[Array], Array]
+Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class Differences:
+    """How to difference: ``kind`` is '2-point', '3-point' or 'cs'.
+
+    typical (n,) holds the sizes assumed for parameters at zero, lb and ub (n,) the bounds,
+    held (n,) flags parameters whose columns are zero, all host arrays; ``rel_step`` overrides
+    the relative step.
+    """
+
+    kind: str
+    typical: np.ndarray
+    lb: np.ndarray | None = None
+    ub: np.ndarray | None = None
+    held: np.ndarray | None = None
+    rel_step: np.ndarray | float | None = None
+    map: Map = map
+
+    @property
+    def evaluations_per_column(self) -> int:
+        """Residual evaluations that one column costs."""
+        return 2 if self.kind == "3-point" else 1
+
+    def steps(self, x: np.ndarray, eps: float) -> tuple[np.ndarray, np.ndarray]:
+        """Signed steps (n,) and a mask (n,) of columns that must be one-sided at a bound."""
+        one_sided = np.zeros(x.shape, dtype=bool)
+        if self.kind == "cs":
+            return np.full(x.shape, eps), one_sided  # any step below sqrt(eps) is exact
+        power = 0.5 if self.kind == "2-point" else 1.0 / 3.0
+        size = np.maximum(np.abs(x), FLOOR * self.typical)
+        if self.rel_step is None:
+            h = eps**power * size
+        else:
+            h = self.rel_step * np.where(x == 0, self.typical, np.abs(x))
+        if self.kind == "2-point":
+            h = np.copysign(h, x)
+        # What is representable: (x + h) - x is the step that is really taken.
+        h = (x + h) - x
+        h = np.where(h == 0, np.spacing(np.abs(x) + np.finfo(x.dtype).tiny), h)
+        if self.lb is None or self.ub is None:
+            return h, one_sided
+        return self._inside(x, h)
+
+    def _inside(self, x: np.ndarray, h: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Steps (n,) turned round, shortened or made one-sided so that they stay in bounds."""
+        assert self.lb is not None and self.ub is not None
+        below, above = x - self.lb, self.ub - x
+        room = np.maximum(below, above)
+        size = np.minimum(np.abs(h), room)
+        fits = np.where(h >= 0, above, below) >= size
+        sign = np.where(fits, np.sign(h), np.where(above >= below, 1.0, -1.0))
+        one_sided = np.minimum(below, above) < size
+        if self.kind == "3-point":  # a second-order one-sided formula reaches out to 2 h
+            sign = np.where(one_sided, np.where(above >= below, 1.0, -1.0), sign)
+            size = np.where(one_sided, np.minimum(size, 0.5 * room), size)
+        return sign * size, one_sided
+
+    def free(self, n: int) -> list[int]:
+        """Indices of the columns to difference."""
+        if self.held is None:
+            return list(range(n))
+        return [j for j in range(n) if not self.held[j]]
+
+
+def dense(
+    diff: Differences, evaluate: Evaluate, x: np.ndarray, r: np.ndarray, out: np.ndarray | None
+) -> np.ndarray:
+    """Jacobian (m, n), Fortran-ordered, each column written in place into ``out`` if given."""
+    m, n = r.shape[0], x.shape[0]
+    J = np.empty((m, n), dtype=r.dtype, order="F") if out is None else out
+    h, one_sided = diff.steps(x, float(np.finfo(x.dtype).eps))
+    columns = diff.free(n)
+    if len(columns) < n:
+        J[...] = 0
+    if diff.map is map:
+        for j in columns:
+            _column(diff.kind, evaluate, x, r, j, h[j], bool(one_sided[j]), J[:, j])
+        return J
+    points = [x_ for j in columns for x_ in _points(diff.kind, x, j, h[j], bool(one_sided[j]))]
+    values = iter(list(diff.map(evaluate, points)))
+    for j in columns:
+        _combine(diff.kind, values, r, x[j], h[j], bool(one_sided[j]), J[:, j])
+    return J
+
+
+def _column(
+    kind: str,
+    evaluate: Evaluate,
+    x: np.ndarray,
+    r: np.ndarray,
+    j: int,
+    h: float,
+    one_sided: bool,
+    out: np.ndarray,
+) -> None:
+    """One column of J into ``out`` (m,)."""
+    values = (evaluate(p) for p in _points(kind, x, j, h, one_sided))
+    _combine(kind, values, r, x[j], h, one_sided, out)
+
+
+def _points(kind: str, x: np.ndarray, j: int, h: float, one_sided: bool) -> Iterator[np.ndarray]:
+    """The points at which column j is evaluated."""
+    if kind == "cs":
+        p = x.astype(np.result_type(x.dtype, np.complex64))
+        p[j] += 1j * h
+        yield p
+        return
+    offsets = (h,) if kind == "2-point" else ((h, 2 * h) if one_sided else (-h, h))
+    for offset in offsets:
+        p = x.copy()
+        p[j] += offset
+        yield p
+
+
+def _combine(
+    kind: str,
+    values: Iterator[np.ndarray],
+    r: np.ndarray,
+    x_j: float,
+    h: float,
+    one_sided: bool,
+    out: np.ndarray,
+) -> None:
+    """The difference formula, written into ``out`` (m,)."""
+    if kind == "cs":
+        np.divide(next(values).imag, h, out=out)
+    elif kind == "2-point":
+        np.subtract(next(values), r, out=out)
+        out /= (x_j + h) - x_j
+    elif one_sided:
+        near, far = next(values), next(values)
+        np.subtract(4.0 * (near - r), far - r, out=out)
+        out /= 2.0 * h
+    else:
+        left, right = next(values), next(values)
+        np.subtract(right, left, out=out)
+        out /= (x_j + h) - (x_j - h)
+
+
+def dense_xp(
+    diff: Differences, evaluate: Evaluate, x: Array, x_host: np.ndarray, r: Array, xp: Namespace
+) -> Array:
+    """Jacobian (m, n) in a namespace without item assignment: one unit step per column."""
+    h, one_sided = diff.steps(x_host, float(xp.finfo(x.dtype).eps))
+    index = xp.arange(x.shape[0], device=_device(x))
+    columns = []
+    held = set(range(x.shape[0])) - set(diff.free(x.shape[0]))
+    for j in range(x.shape[0]):
+        if j in held:
+            columns.append(xp.zeros_like(r))
+            continue
+        unit = xp.astype(index == j, x.dtype)
+        s = float(h[j])
+        if diff.kind == "2-point":
+            columns.append((evaluate(x + s * unit) - r) / s)
+        elif one_sided[j]:
+            near, far = evaluate(x + s * unit), evaluate(x + 2 * s * unit)
+            columns.append((4 * (near - r) - (far - r)) / (2 * s))
+        else:
+            columns.append((evaluate(x + s * unit) - evaluate(x - s * unit)) / (2 * s))
+    return xp.stack(columns, axis=1)
+
+
+def _device(a: Array) -> Any:
+    import array_api_compat
+
+    return array_api_compat.device(a)
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """Structure (m, n) of a sparse Jacobian with columns grouped so that no row repeats."""
+
+    rows: np.ndarray
+    columns: np.ndarray
+    groups: np.ndarray
+    shape: tuple[int, int]
+
+
+def sparsity(structure: Any) -> Sparsity:
+    """Group the columns of a structure (m, n), dense or sparse, by SciPy's greedy colouring."""
+    from scipy.optimize._numdiff import group_columns
+    from scipy.sparse import coo_array, issparse
+
+    pattern = coo_array(structure if issparse(structure) else np.atleast_2d(structure))
+    groups = np.asarray(group_columns(pattern.tocsc()))
+    rows, columns = pattern.coords
+    return Sparsity(np.asarray(rows), np.asarray(columns), groups, pattern.shape)
+
+
+def grouped(
+    diff: Differences, structure: Sparsity, evaluate: Evaluate, x: np.ndarray, r: np.ndarray
+) -> Any:
+    """Sparse Jacobian (m, n), CSR: one evaluation (two if central) for each group of columns."""
+    from scipy.sparse import csr_array
+
+    h, one_sided = diff.steps(x, float(np.finfo(x.dtype).eps))
+    if diff.held is not None:
+        h = np.where(diff.held, 0.0, h)
+    data = np.zeros(structure.rows.shape, dtype=r.dtype)
+    groups = range(int(structure.groups.max()) + 1 if structure.groups.size else 0)
+    masks = [structure.groups == g for g in groups]
+    points = [p for mask in masks for p in _group_points(diff.kind, x, h * mask, one_sided)]
+    values = iter(list(diff.map(evaluate, points)))
+    for mask in masks:
+        entries = mask[structure.columns]
+        i, j = structure.rows[entries], structure.columns[entries]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            slope = _group_slopes(diff.kind, values, r, i, h[j], one_sided[j])
+        data[entries] = np.where(h[j] == 0, 0.0, slope)
+    return csr_array((data, (structure.rows, structure.columns)), shape=structure.shape)
+
+
+def _group_points(
+    kind: str, x: np.ndarray, step: np.ndarray, one_sided: np.ndarray
+) -> Iterator[np.ndarray]:
+    """The points at which a group of columns is evaluated at once."""
+    if kind == "cs":
+        yield x + 1j * step
+    elif kind == "2-point":
+        yield x + step
+    else:
+        yield x + np.where(one_sided, 2 * step, -step)
+        yield x + step
+
+
+def _group_slopes(
+    kind: str,
+    values: Iterator[np.ndarray],
+    r: np.ndarray,
+    i: np.ndarray,
+    h: np.ndarray,
+    one_sided: np.ndarray,
+) -> np.ndarray:
+    """The difference formula at the entries (rows i, steps h) of one group."""
+    if kind == "cs":
+        return np.asarray(next(values).imag[i] / h)
+    if kind == "2-point":
+        return np.asarray((next(values)[i] - r[i]) / h)
+    far, near = next(values)[i], next(values)[i]
+    forward = (4.0 * (near - r[i]) - (far - r[i])) / (2.0 * h)
+    return np.where(one_sided, forward, (near - far) / (2.0 * h))

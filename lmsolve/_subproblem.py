@@ -1,0 +1,329 @@
+"""The linearised problem at one point, and its damped step: the linear algebra of the solver.
+
+At an accepted x, with J = J(x) (m, n), r = r(x) (m,) and column scales d (n,), a subproblem
+answers, for any damping mu,
+
+    min_q  1/2 |J d q + r|^2 + 1/2 mu |q|^2,      p = d * q.                            (1)
+
+Three dense forms give the same p:
+
+    NormalEquations   (d J'J d + mu I) q = -d J'r        tall J; only J'J and J'r are needed
+    DualEquations     ((J d)(J d)' + mu I) z = r,  q = -(J d)' z                 wide J, m < n
+    Factored          q = -V (s / (s^2 + mu)) U'r  from the SVD of the R factor of J d
+
+The first squares the condition number of J d. Scaling keeps that harmless for most problems; the
+smallest pivot of the Cholesky factor tells when it is not, and then the rows of J are factored
+once by QR and every further mu is served by the third form. At mu = 0 that form gives the
+minimum-norm step of a rank-deficient problem.
+
+A zero in d holds a parameter: its column vanishes and so does its step. A parameter that moves by
+a given amount enters as ``start``: (1) is then solved with r + J start in place of r.
+
+References: J. Nocedal, S. Wright, "Numerical Optimization" (2006), section 10.3; J. J. More
+(1978), "The Levenberg-Marquardt algorithm: implementation and theory".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from . import _linalg
+from ._linalg import Cholesky, LinAlgError
+from ._xp import Array, Namespace, diagonal, eps
+
+#: A smaller squared pivot of the scaled normal matrix sends a problem to QR: normal equations
+#: lose about eps / pivot of the step, 2e-8 of it at this pivot.
+ESCALATE = 1e-8
+
+
+class Subproblem(Protocol):
+    """What the solver asks of a linearisation; p and d are (n,), scalars 0-d arrays or floats."""
+
+    grad: Array
+    norms: Array | None
+    escalated: bool
+
+    def solve(self, mu: float, d: Array, start: Array | None = None) -> Array:
+        """Step p of (1); LinAlgError where the damped system is not positive definite."""
+        ...
+
+    def reduction(self, p: Array) -> Array:
+        """Decrease of the model ``-(g'p + |J p|^2 / 2)`` by any step p, optimal or not."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rows:
+    """J (m, n) as the user gave it, with the weights (m,) of a robust loss, if any.
+
+    ``r`` (m,) are the residuals that go with the weighted rows.
+    """
+
+    xp: Namespace
+    J: Array
+    r: Array
+    weights: Array | None = None
+
+    def matvec(self, p: Array) -> Array:
+        """Weighted J p (m,)."""
+        Jp = self.J @ p
+        return Jp if self.weights is None else self.weights * Jp
+
+    def weighted(self) -> Array:
+        """The weighted Jacobian, a copy if there are weights."""
+        return self.J if self.weights is None else self.J * self.weights[:, None]
+
+    def shifted(self, start: Array | None) -> Array:
+        """Residuals (m,) of the linear model at ``start``."""
+        return self.r if start is None else self.r + self.matvec(start)
+
+
+def gram(xp: Namespace, rows: Rows) -> tuple[Array, Array]:
+    """J'J (n, n) and J'r (n,) of weighted rows; a weighted copy exists one block at a time."""
+    J, r, w = rows.J, rows.r, rows.weights
+    if w is None:
+        return xp.matmul(J.T, J), J.T @ r
+    m, n = J.shape
+    block = max(1024, 2**20 // max(n, 1))
+    G = g = None
+    for i in range(0, m, block):
+        B = J[i : i + block, :] * w[i : i + block, None]
+        Gi, gi = xp.matmul(B.T, B), B.T @ r[i : i + block]
+        G, g = (Gi, gi) if G is None else (G + Gi, g + gi)
+    assert G is not None
+    return G, g
+
+
+class NormalEquations:
+    """Subproblem of a tall J from the sums J'J (n, n) and J'r (n,); J itself is optional.
+
+    With ``rows`` it goes over to QR when the normal matrix turns out ill-conditioned.
+    """
+
+    def __init__(self, xp: Namespace, gram: Array, grad: Array, rows: Rows | None = None) -> None:
+        self.grad = grad
+        self.norms = xp.sqrt(diagonal(xp, gram))
+        self.escalated = False
+        self.pivot = 0.0
+        self._xp = xp
+        self._gram = gram
+        self._rows = rows
+        self._d: Array | None = None
+        self._scaled: Array | None = None
+        self._factor: Cholesky | None = None
+        self._refined: Factored | None = None
+
+    def solve(self, mu: float, d: Array, start: Array | None = None) -> Array:
+        """Step p (n,); see Subproblem."""
+        if self._refined is not None:
+            return self._refined.solve(mu, d, start)
+        xp = self._xp
+        if self._d is not d:
+            self._d, self._scaled = d, _held_diagonal(xp, self._gram, d)
+        A = _linalg.add_diagonal(xp, self._scaled, mu) if mu else self._scaled
+        try:
+            self._factor = Cholesky(xp, A, overwrite=mu != 0)
+        except LinAlgError:
+            return self._refine().solve(mu, d, start)
+        if self._factor.pivot < ESCALATE and self._rows is not None:
+            return self._refine().solve(mu, d, start)
+        self.pivot = self._factor.pivot
+        grad = self.grad if start is None else self.grad + self._gram @ start
+        return -d * self._factor.solve(d * grad)
+
+    def secular(self, p: Array, d: Array) -> Array:
+        """0-d ``q' (A + mu I)^-1 q`` for the step p of the last solve."""
+        if self._refined is not None:
+            return self._refined.secular(p, d)
+        assert self._factor is not None
+        q = _unscale(self._xp, p, d)
+        return q @ self._factor.solve(q)
+
+    def reduction(self, p: Array) -> Array:
+        """0-d model decrease; see Subproblem."""
+        if self._rows is not None and self.escalated:
+            Jp = self._rows.matvec(p)
+            return -(self._rows.r @ Jp + 0.5 * (Jp @ Jp))
+        return -(self.grad @ p + 0.5 * (p @ (self._gram @ p)))
+
+    def rank(self) -> int | None:
+        """Numerical rank of J d, where the last solve knows it."""
+        return None if self._refined is None else self._refined.rank()
+
+    def _refine(self) -> Factored:
+        """The QR form, if the rows are there to form it."""
+        if self._rows is None:
+            raise LinAlgError("the normal equations are not positive definite")
+        self.escalated = True
+        self._refined = Factored(self._xp, self._rows, self.grad, self.norms)
+        return self._refined
+
+
+class DualEquations:
+    """Subproblem of a wide J (m < n), solved in the m-dimensional space of residuals."""
+
+    def __init__(self, xp: Namespace, rows: Rows) -> None:
+        self._xp = xp
+        self._rows = rows
+        J = rows.weighted()
+        self._J = J
+        self.grad = J.T @ rows.r
+        self.norms = xp.sqrt(xp.sum(J * J, axis=0))
+        self.escalated = False
+        self._d: Array | None = None
+        self._kernel: Array | None = None
+        self._last: tuple[Array, Array, float] | None = None
+        self._factor: Cholesky | None = None
+        self._refined: Factored | None = None
+
+    def solve(self, mu: float, d: Array, start: Array | None = None) -> Array:
+        """Step p (n,); see Subproblem."""
+        if self._refined is not None:
+            return self._refined.solve(mu, d, start)
+        xp = self._xp
+        if self._d is not d:
+            scaled = self._J * d[None, :]
+            self._d, self._kernel = d, xp.matmul(scaled, scaled.T)
+        K = _linalg.add_diagonal(xp, self._kernel, mu)
+        try:
+            # K is not scaled to a unit diagonal: its pivot counts against its largest entry.
+            self._factor = Cholesky(xp, K)
+            largest = float(xp.max(diagonal(xp, self._kernel)))
+            if self._factor.pivot < ESCALATE * largest:
+                raise LinAlgError("the dual equations are ill-conditioned")
+        except LinAlgError:
+            self.escalated = True
+            self._refined = Factored(xp, self._rows, self.grad, self.norms)
+            return self._refined.solve(mu, d, start)
+        r = self._rows.shifted(start)
+        z = self._factor.solve(r)
+        self._last = (r, z, mu)
+        return -d * (d * (self._J.T @ z))
+
+    def secular(self, p: Array, d: Array) -> Array:
+        """0-d ``q' (A + mu I)^-1 q``; with ``(K + mu I) z = r`` it is ``(r - mu z)'(K+mu I)^-1 z``."""
+        if self._refined is not None:
+            return self._refined.secular(p, d)
+        assert self._last is not None and self._factor is not None
+        r, z, mu = self._last
+        return (r - mu * z) @ self._factor.solve(z)
+
+    def reduction(self, p: Array) -> Array:
+        """0-d model decrease; see Subproblem."""
+        Jp = self._J @ p
+        return -(self._rows.r @ Jp + 0.5 * (Jp @ Jp))
+
+    def rank(self) -> int | None:
+        """Numerical rank of J d, where the last solve knows it."""
+        return None if self._refined is None else self._refined.rank()
+
+
+class Factored:
+    """Subproblem by QR of the rows and the SVD of R: full accuracy, any shape, any rank."""
+
+    escalated = True
+
+    def __init__(self, xp: Namespace, rows: Rows, grad: Array, norms: Array) -> None:
+        self._xp = xp
+        self._rows = rows
+        self.grad = grad
+        self.norms = norms
+        self._d: Array | None = None
+        self._start: Array | None = None
+        self._svd: tuple[Array, Array, Array] | None = None
+        self._mu = 0.0
+
+    def solve(self, mu: float, d: Array, start: Array | None = None) -> Array:
+        """Step p (n,), of minimum norm at mu = 0; see Subproblem."""
+        if self._d is not d or self._start is not start:
+            self._factorize(d, start)
+        assert self._svd is not None
+        _, _, V = self._svd
+        self._mu = mu
+        return -d * (V @ self._filtered(mu))
+
+    def secular(self, p: Array, d: Array) -> Array:
+        """0-d ``q' (A + mu I)^-1 q`` over the numerical range."""
+        assert self._svd is not None
+        _, s, _ = self._svd
+        f = self._filtered(self._mu)
+        return xp_sum_where(self._xp, s > self._cutoff(s), f * f, s * s + self._mu)
+
+    def reduction(self, p: Array) -> Array:
+        """0-d model decrease; see Subproblem."""
+        Jp = self._rows.matvec(p)
+        return -(self._rows.r @ Jp + 0.5 * (Jp @ Jp))
+
+    def rank(self) -> int | None:
+        """Numerical rank of J d."""
+        if self._svd is None:
+            return None
+        s = self._svd[1]
+        return int(self._xp.sum(self._xp.astype(s > self._cutoff(s), s.dtype)))
+
+    def _factorize(self, d: Array, start: Array | None) -> None:
+        rows, xp = self._rows, self._xp
+        m, n = rows.J.shape
+        r = rows.shifted(start)
+        if m >= n:
+            scaled = d
+            R, c = _linalg.triangle(xp, rows.weighted(), r, scaled)
+        else:
+            R, c = rows.weighted() * d[None, :], r
+        U, s, Vt = _linalg.svd(xp, R)
+        self._svd = (U.T @ c, s, Vt.T)
+        self._d, self._start = d, start
+
+    def _cutoff(self, s: Array) -> Array:
+        """Singular values below this are zero to working accuracy."""
+        n = max(self._rows.J.shape)
+        return eps(self._xp, s.dtype) * float(n) * self._xp.max(s)
+
+    def _filtered(self, mu: float) -> Array:
+        """``s / (s^2 + mu) * c`` (k,), zero on the numerical null space."""
+        assert self._svd is not None
+        xp = self._xp
+        c, s, _ = self._svd
+        usable = s > self._cutoff(s)
+        safe = xp.where(usable, s, xp.ones_like(s))
+        return xp.where(usable, c * (safe / (safe * safe + mu)), xp.zeros_like(s))
+
+
+def xp_sum_where(xp: Namespace, mask: Array, numerator: Array, denominator: Array) -> Array:
+    """0-d sum of ``numerator / denominator`` where the mask holds."""
+    one = xp.ones_like(denominator)
+    zero = xp.zeros_like(numerator)
+    return xp.sum(xp.where(mask, numerator / xp.where(mask, denominator, one), zero))
+
+
+def _held_diagonal(xp: Namespace, gram: Array, d: Array) -> Array:
+    """``d gram d`` with a unit on the diagonal where d is zero, so that held columns factor."""
+    A = _linalg.spd_matrix(xp, gram, d)
+    if xp is np:
+        if not d.all():
+            A.ravel()[:: A.shape[0] + 1] += d == 0
+        return A
+    held = xp.astype(d == 0, A.dtype)
+    return A + held[:, None] * _linalg.identity(xp, A)
+
+
+def _unscale(xp: Namespace, p: Array, d: Array) -> Array:
+    """q = p / d (n,), zero where d is."""
+    if xp is np:
+        return p / d if d.all() else np.divide(p, d, out=np.zeros_like(p), where=d != 0)
+    zero = d == 0
+    return p / xp.where(zero, xp.ones_like(d), d)
+
+
+def dense_subproblem(
+    xp: Namespace, J: Array, r: Array, weights: Array | None = None
+) -> NormalEquations | DualEquations:
+    """Subproblem of a dense J (m, n): normal equations if tall, their dual if wide."""
+    rows = Rows(xp, J, r, weights)
+    if J.shape[0] < J.shape[1]:
+        return DualEquations(xp, rows)
+    G, g = gram(xp, rows)
+    return NormalEquations(xp, G, g, rows)

@@ -1,0 +1,119 @@
+"""Array namespaces: the one module that knows which array libraries exist.
+
+Everything else asks for the namespace ``xp`` of an array and uses the array API standard.
+NumPy is answered first and without a look-up table, because a three-parameter fit takes tens of
+microseconds and each dispatch costs one of them.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TypeAlias
+
+import array_api_compat
+import numpy as np
+
+Array: TypeAlias = Any  # an array of any namespace; no common static type exists for them
+Namespace: TypeAlias = Any
+
+
+def is_numpy(xp: Namespace) -> bool:
+    """Whether ``xp`` is NumPy itself."""
+    return xp is np
+
+
+def array_namespace(*arrays: Array) -> Namespace:
+    """Namespace shared by the arrays; NumPy for plain Python numbers and sequences."""
+    if all(type(a) is np.ndarray for a in arrays):
+        return np
+    known = [a for a in arrays if is_array(a) and not isinstance(a, np.ndarray | np.generic)]
+    if not known:
+        return np
+    if any(is_cupynumeric(a) for a in known):
+        return sys.modules["cupynumeric"]
+    return array_api_compat.array_namespace(*known)
+
+
+def is_array(a: object) -> bool:
+    """Whether ``a`` is an array of a known library."""
+    return bool(array_api_compat.is_array_api_obj(a)) or is_cupynumeric(a)
+
+
+def is_cupynumeric(a: object) -> bool:
+    """Whether ``a`` is a cuPyNumeric array, without importing cuPyNumeric."""
+    return type(a).__module__.partition(".")[0] == "cupynumeric"
+
+
+def is_torch(a: object) -> bool:
+    """Whether ``a`` is a torch tensor, without importing torch."""
+    return bool(array_api_compat.is_torch_array(a))
+
+
+def to_floats(*scalars: Array) -> list[float]:
+    """Host values of 0-d arrays, in one transfer: the solver's only synchronisation."""
+    if all(isinstance(s, float | np.generic) for s in scalars):
+        return [float(s) for s in scalars]
+    xp = array_namespace(*[s for s in scalars if not isinstance(s, float)])
+    if xp is np:
+        return [float(s) for s in scalars]
+    kept = next(s for s in scalars if not isinstance(s, float))
+    wide = _widest(xp)
+    device = array_api_compat.device(kept)
+    stacked = xp.stack(
+        [
+            xp.asarray(s, dtype=wide, device=device) if isinstance(s, float) else xp.astype(s, wide)
+            for s in scalars
+        ]
+    )
+    return [float(v) for v in to_numpy(stacked)]
+
+
+def to_numpy(a: Array) -> np.ndarray:
+    """NumPy array with the values of ``a``: a copy from a device, else a view where possible."""
+    if is_torch(a):
+        return np.asarray(a.detach().cpu().numpy())
+    return np.asarray(a)
+
+
+def convert(a: Array, like: Array) -> Array:
+    """``a`` in the namespace, dtype and device of ``like``: the only crossing between libraries."""
+    xp = array_namespace(like)
+    if xp is np:
+        return to_numpy(a).astype(like.dtype, copy=False)
+    if is_cupynumeric(like):
+        return xp.asarray(to_numpy(a)).astype(like.dtype)
+    if array_namespace(a) is not xp:
+        a = xp.asarray(np.array(to_numpy(a)), device=array_api_compat.device(like))
+    return xp.astype(a, like.dtype, copy=False)
+
+
+def _widest(xp: Namespace) -> Any:
+    """float64, in which costs are summed whatever the dtype of the residuals."""
+    return xp.float64
+
+
+def sum_squares(xp: Namespace, r: Array) -> Array:
+    """0-d ``sum(r**2)``, accumulated in float64."""
+    if r.dtype == xp.float64:
+        return r @ r
+    return xp.sum(xp.astype(r, _widest(xp)) ** 2) if xp is not np else np.sum(r * r, dtype=float)
+
+
+def total(xp: Namespace, a: Array) -> Array:
+    """0-d sum of all elements, accumulated in float64."""
+    return xp.sum(a, dtype=_widest(xp))
+
+
+def norm(xp: Namespace, v: Array) -> Array:
+    """0-d Euclidean norm of a vector."""
+    return xp.sqrt(v @ v)
+
+
+def diagonal(xp: Namespace, A: Array) -> Array:
+    """Diagonal (n,) of a square matrix (n, n)."""
+    return A.diagonal() if xp is np else xp.linalg.diagonal(A)
+
+
+def eps(xp: Namespace, dtype: Any) -> float:
+    """Unit round-off spacing of a real floating dtype."""
+    return float(xp.finfo(dtype).eps)
