@@ -40,8 +40,10 @@ from ._xp import Array, Namespace, eps, to_floats
 POLISHED = 1e-10
 #: Steps of a polish, at most, and how many earlier steps each one is mixed with.
 POLISH_STEPS, MEMORY = 20, 5
+#: A Gauss-Newton step that fails casts doubt on the convergence if it is larger than this.
+SETTLED = 1e-6
 #: How often a run that a test declared converged may find out that it was not.
-DOUBTS = 3
+DOUBTS = 10
 #: Central differences replace one-sided ones where these would move a parameter by this share.
 DIFFERENCE_ERROR = 2e-8
 
@@ -272,6 +274,7 @@ class LevenbergMarquardt:
         # Rounding in the model values, about |J x|, blurs the cost by eps |r| |D x|.
         noise = precision * (4.0 * state.cost + rnorm * _trust.scaled_norm(xp, state.x, point.D))
         converged = predicted <= self.ftol * state.cost
+        settled = converged and change <= SETTLED
         state = state._replace(nfev=state.nfev + 1)
         if cost_new <= state.cost + noise:
             new = state._replace(
@@ -290,7 +293,7 @@ class LevenbergMarquardt:
             radius = max(state.damping.radius, 2.0 * step.length)
             return new._replace(fired=0, polished=0, trail=(), damping=Damping(radius))
         state = state._replace(accepted=False, polished=0, trail=())
-        if not converged and state.doubts < DOUBTS:
+        if not settled and state.doubts < DOUBTS:
             return state._replace(fired=0, doubts=state.doubts + 1)
         return state._replace(status=state.fired)
 
