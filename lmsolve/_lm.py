@@ -126,6 +126,18 @@ class LevenbergMarquardt:
         (cost,) = to_floats(problem.cost(r))
         return state._replace(cost=cost, point=Point(r), status=None)
 
+    def copy(self, *, bounds: Box | None) -> LevenbergMarquardt:
+        """The same solver with other bounds."""
+        other = LevenbergMarquardt(bounds=bounds)
+        other.ftol, other.xtol, other.gtol = self.ftol, self.xtol, self.gtol
+        other.max_nfev, other.x_scale, other.polish = self.max_nfev, self.x_scale, self.polish
+        return other
+
+    def linearize(self, problem: LeastSquaresProblem, state: LMState) -> LMState:
+        """The state with the linearisation at its x, whatever its status."""
+        status = state.status
+        return self._linearized(problem, state)._replace(status=status)
+
     def step(self, problem: LeastSquaresProblem, state: LMState) -> LMState:
         """The state after one trial, which costs one residual evaluation.
 
@@ -215,11 +227,10 @@ class LevenbergMarquardt:
             ratio=ratio,
             length=step.length,
             accepted=accepted,
+            escalated=sub.escalated,
         )
         if accepted:
-            new = new._replace(
-                x=x_new, cost=cost_new, nit=state.nit + 1, point=Point(r_new)
-            )
+            new = new._replace(x=x_new, cost=cost_new, nit=state.nit + 1, point=Point(r_new))
         return self._convergence_tests(xp, state, new, actual, predicted, point.D)
 
     def _damped(self, xp: Namespace, state: LMState) -> Step:
@@ -335,6 +346,22 @@ class LevenbergMarquardt:
             return ended
         point = Point(state.point.residual)
         return self.step(problem, state._replace(central=True, point=point, polished=0, trail=()))
+
+
+def message(state: LMState) -> str:
+    """Why a run ended, with the figures that decided it."""
+    figures = f"{state.value:.1e} <= {state.limit:.1e}."
+    return {
+        CALLBACK: "The callback asked to stop.",
+        MAX_NFEV: f"`max_nfev` reached: {state.nfev} evaluations.",
+        GTOL: f"`gtol` reached: {figures}",
+        FTOL: f"`ftol` reached: {figures}",
+        XTOL: f"`xtol` reached: {figures}",
+        BOTH: f"`ftol` and `xtol` reached: {figures}",
+        STALLED: "The Jacobian is not finite at the best point found.",
+        SINGULAR: f"The damped system stayed singular up to a damping of {state.damping.mu:.1e}.",
+        None: "Still running.",
+    }[state.status]
 
 
 def _mixed(

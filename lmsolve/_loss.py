@@ -75,11 +75,13 @@ class Loss(NamedTuple):
         return w, r * (rho1 / w)
 
 
-def user_loss(function: Callable[[Array], Array]) -> Rho:
+class UserLoss:
     """A user's ``loss(z) -> (3, m)`` array as a rho."""
 
-    def rho(xp: Namespace, z: Array) -> tuple[Array, Array, Array]:
-        values = function(z)
-        return values[0, ...], values[1, ...], values[2, ...]
+    def __init__(self, function: Callable[[Array], Array]) -> None:
+        self.function = function
 
-    return rho
+    def __call__(self, xp: Namespace, z: Array) -> tuple[Array, Array, Array]:
+        """rho, rho' and rho'' at z (m,)."""
+        values = self.function(z)
+        return values[0, ...], values[1, ...], values[2, ...]

@@ -31,13 +31,14 @@ Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 class Differences:
     """How to difference: ``kind`` is '2-point', '3-point' or 'cs'.
 
-    typical (n,) holds the sizes assumed for parameters at zero, lb and ub (n,) the bounds,
-    held (n,) flags parameters whose columns are zero, all host arrays; ``rel_step`` overrides
-    the relative step.
+    typical (n,) holds the sizes assumed for parameters at zero, ``precision`` the relative error of
+    the residuals, lb and ub (n,) the bounds, held (n,) flags parameters whose columns are zero, all
+    host arrays; ``rel_step`` overrides the relative step.
     """
 
     kind: str
     typical: np.ndarray
+    precision: float = 2.0**-52
     lb: np.ndarray | None = None
     ub: np.ndarray | None = None
     held: np.ndarray | None = None
@@ -49,15 +50,15 @@ class Differences:
         """Residual evaluations that one column costs."""
         return 2 if self.kind == "3-point" else 1
 
-    def steps(self, x: np.ndarray, eps: float) -> tuple[np.ndarray, np.ndarray]:
+    def steps(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Signed steps (n,) and a mask (n,) of columns that must be one-sided at a bound."""
         one_sided = np.zeros(x.shape, dtype=bool)
         if self.kind == "cs":
-            return np.full(x.shape, eps), one_sided  # any step below sqrt(eps) is exact
+            return np.full(x.shape, 1e-20, dtype=x.dtype), one_sided  # any tiny step is exact: nothing is subtracted
         power = 0.5 if self.kind == "2-point" else 1.0 / 3.0
         size = np.maximum(np.abs(x), FLOOR * self.typical)
         if self.rel_step is None:
-            h = eps**power * size
+            h = self.precision**power * size
         else:
             h = self.rel_step * np.where(x == 0, self.typical, np.abs(x))
         if self.kind == "2-point":
@@ -96,7 +97,7 @@ def dense(
     """Jacobian (m, n), Fortran-ordered, each column written in place into ``out`` if given."""
     m, n = r.shape[0], x.shape[0]
     J = np.empty((m, n), dtype=r.dtype, order="F") if out is None else out
-    h, one_sided = diff.steps(x, float(np.finfo(x.dtype).eps))
+    h, one_sided = diff.steps(x)
     columns = diff.free(n)
     if len(columns) < n:
         J[...] = 0
@@ -169,7 +170,7 @@ def dense_xp(
     diff: Differences, evaluate: Evaluate, x: Array, x_host: np.ndarray, r: Array, xp: Namespace
 ) -> Array:
     """Jacobian (m, n) in a namespace without item assignment: one unit step per column."""
-    h, one_sided = diff.steps(x_host, float(xp.finfo(x.dtype).eps))
+    h, one_sided = diff.steps(x_host)
     index = xp.arange(x.shape[0], device=_device(x))
     columns = []
     held = set(range(x.shape[0])) - set(diff.free(x.shape[0]))
@@ -222,7 +223,7 @@ def grouped(
     """Sparse Jacobian (m, n), CSR: one evaluation (two if central) for each group of columns."""
     from scipy.sparse import csr_array
 
-    h, one_sided = diff.steps(x, float(np.finfo(x.dtype).eps))
+    h, one_sided = diff.steps(x)
     if diff.held is not None:
         h = np.where(diff.held, 0.0, h)
     data = np.zeros(structure.rows.shape, dtype=r.dtype)

@@ -6,25 +6,24 @@ accepted x. The last is asked only there, so that a rejected trial costs one res
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from . import _numdiff
 from ._loss import Loss
 from ._numdiff import Differences
-from ._subproblem import Rows, Subproblem, dense_subproblem
-from ._xp import Array, Namespace, eps, sum_squares, to_numpy
+from ._subproblem import NormalEquations, Rows, Subproblem, dense_subproblem
+from ._subproblem import gram as gram_of
+from ._xp import Array, Namespace, array_namespace, is_numpy, sum_squares, to_floats, to_numpy
 
 
 class LeastSquaresProblem(Protocol):
     """The seam: what the solver needs. ``r`` may be any handle that the problem understands."""
 
     xp: Namespace
-    nfev: int
-    njev: int
 
     def residual(self, x: Array) -> Any:
         """Residuals at x (n,), or a handle on them."""
@@ -39,6 +38,108 @@ class LeastSquaresProblem(Protocol):
         ...
 
 
+class UserFunction:
+    """A user's function with its extra arguments, returning arrays of one kind.
+
+    It can be pickled where the user's function can, for workers in other processes.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], name: str
+    ) -> None:
+        self.function, self.args, self.kwargs, self.name = function, args, kwargs, name
+        self.dtype: Any = None
+
+    def __call__(self, x: Array) -> Array:
+        """Residuals (m,) at x (n,); a scalar becomes one residual."""
+        if type(x) is np.ndarray:
+            x = x.copy()  # the user may write into its argument
+        return self.residuals(self.function(x, *self.args, **self.kwargs), x)
+
+    def residuals(self, r: Any, x: Array) -> Array:
+        """``r`` as an array (m,) of the kind of x."""
+        if type(r) is np.ndarray and r.ndim == 1 and r.dtype == self.dtype:
+            return r
+        if r is None:
+            raise TypeError(f"`{self.name}` must return an array of residuals, got None.")
+        xp = array_namespace(x)
+        if is_numpy(xp):
+            r = _numpy_residuals(r, self.name)
+            if self.dtype is not None and r.dtype != self.dtype and r.dtype.kind != "c":
+                r = r.astype(self.dtype)
+        elif array_namespace(r) is not xp:
+            raise TypeError(
+                f"`{self.name}` must return an array of the library of `x0`, "
+                f"{xp.__name__}, got {type(r).__name__}."
+            )
+        if r.ndim == 0:
+            r = xp.reshape(r, (1,))
+        if r.ndim != 1:
+            raise ValueError(
+                f"`{self.name}` must return at most 1-d residuals, got shape {tuple(r.shape)}."
+            )
+        return r
+
+
+def _numpy_residuals(r: Any, name: str) -> np.ndarray:
+    """``r`` as a NumPy array of numbers."""
+    if isinstance(r, np.ma.MaskedArray) and np.ma.is_masked(r):
+        raise ValueError(
+            f"`{name}` must return unmasked residuals, got {int(np.ma.count_masked(r))} masked ones."
+        )
+    try:
+        a = np.asarray(r)
+    except ValueError as error:
+        raise ValueError(f"`{name}` must return one array of numbers: {error}.") from error
+    if a.dtype.kind in "biu":
+        return a.astype(float)
+    if a.dtype.kind not in "fc":
+        try:
+            return a.astype(float)
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"`{name}` must return numbers, got an array of dtype {a.dtype}."
+            ) from None
+    return a
+
+
+class ResidualAndJacobian:
+    """One function that returns both (``jac=True``), split in two with the last pair kept."""
+
+    def __init__(self, function: UserFunction) -> None:
+        self._function = function
+        self._last: tuple[Array, Any] | None = None
+
+    @property
+    def dtype(self) -> Any:
+        """dtype to which residuals are converted."""
+        return self._function.dtype
+
+    @dtype.setter
+    def dtype(self, value: Any) -> None:
+        self._function.dtype = value
+
+    def __call__(self, x: Array) -> Array:
+        """Residuals (m,) at x; the Jacobian is kept."""
+        inner = self._function
+        argument = x.copy() if type(x) is np.ndarray else x
+        pair = inner.function(argument, *inner.args, **inner.kwargs)
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise TypeError(
+                "`fun` must return the pair (residuals, Jacobian) where `jac` is True, "
+                f"got {type(pair).__name__}."
+            )
+        self._last = (x, pair[1])
+        return inner.residuals(pair[0], x)
+
+    def jac(self, x: Array) -> Any:
+        """Jacobian at x, which has been evaluated already unless a later trial came between."""
+        if self._last is None or self._last[0] is not x:
+            self(x)
+        assert self._last is not None
+        return self._last[1]
+
+
 @dataclass
 class Problem:
     """A user's residual function and Jacobian over arrays of one namespace.
@@ -50,13 +151,14 @@ class Problem:
     fun : callable
         ``fun(x)`` returns residuals, array, shape (m,).
     jac : callable or None
-        ``jac(x)`` returns the Jacobian, array, shape (m, n). None differences ``fun``.
+        ``jac(x)`` returns the Jacobian: array (m, n), sparse, operator, or an iterator over pairs
+        of blocks of residuals and rows. None differences ``fun``.
     differences : Differences or None
         How to difference where ``jac`` is None.
     loss : Loss or None
         A robust loss; None is the plain sum of squares.
-    shape : tuple of int
-        Shape of the residuals, known from the first evaluation.
+    sparsity : Sparsity or None
+        Structure of the Jacobian to difference in groups of columns.
     """
 
     xp: Namespace
@@ -64,18 +166,29 @@ class Problem:
     jac: Callable[[Array], Any] | None
     differences: Differences | None = None
     loss: Loss | None = None
-    shape: tuple[int, ...] | None = None
     sparsity: _numdiff.Sparsity | None = None
+    linear_solver: Any = None
+    precision: float = 2.0**-52
+    m: int | None = None
+    J: Any = None
     nfev: int = 0
     njev: int = 0
-    diff_nfev: int = 0
-    J: Any = None
-    _central: bool = False
+    _last: Any = None
+    _buffer: Any = None
 
     def residual(self, x: Array) -> Array:
         """Residuals r (m,) at x (n,); one evaluation."""
         self.nfev += 1
-        return self._evaluate(x)
+        r = self.fun(x)
+        if r is self._last:  # a function that fills the same array at every call
+            r = r.copy() if is_numpy(self.xp) else self.xp.asarray(r, copy=True)
+        self._last = r
+        if self.m is not None and r.shape[0] != self.m:
+            raise ValueError(
+                f"`fun` must return the same number of residuals at every call: {self.m} at "
+                f"`x0`, now {r.shape[0]}."
+            )
+        return r
 
     def cost(self, r: Array) -> Array:
         """0-d cost, summed in float64."""
@@ -86,50 +199,196 @@ class Problem:
     def linearize(self, x: Array, r: Array) -> Subproblem:
         """Subproblem at x (n,) with residuals r (m,)."""
         self.njev += 1
-        J = self._jacobian(x, r)
+        J = self._differenced(x, r) if self.jac is None else self.jac(x)
+        if type(J) is not np.ndarray or J.ndim != 2 or self.J is None or J.dtype != x.dtype:
+            if hasattr(J, "__next__"):
+                return self._from_blocks(J, x)
+            J = self._checked(J, x, r)
+        elif J.shape != (r.shape[0], x.shape[0]):
+            raise wrong_shape(J.shape, (r.shape[0], x.shape[0]))
         self.J = J
-        if self.loss is None:
-            return dense_subproblem(self.xp, J, r)
-        w, r_w = self.loss.weights(self.xp, r)
-        return dense_subproblem(self.xp, J, r_w, w)
+        w = None
+        if self.loss is not None:
+            w, r = self.loss.weights(self.xp, r)
+        if not is_dense(J):
+            from ._sparse import operator_subproblem, sparse_subproblem
+
+            make = sparse_subproblem if hasattr(J, "tocsr") else operator_subproblem
+            return make(J, r, w, self.linear_solver)
+        return dense_subproblem(self.xp, J, r, w)
 
     def derivative_error(self) -> float:
         """Relative error of the Jacobian's entries to expect from the way it is made."""
-        if self.jac is not None or self.differences is None or self.differences.kind == "cs":
+        diff = self.differences
+        if self.jac is not None or diff is None or diff.kind == "cs":
             return 0.0
-        e = eps(np, np.float64)
-        return float(e**0.5 if self.differences.kind == "2-point" else e ** (2.0 / 3.0))
+        return float(self.precision ** (0.5 if diff.kind == "2-point" else 2.0 / 3.0))
 
     def refine_derivatives(self) -> bool:
         """Go over from one-sided to central differences; False where that is not possible."""
         diff = self.differences
-        if self.jac is not None or diff is None or diff.kind != "2-point" or diff.rel_step is not None:
+        if self.jac is not None or diff is None or diff.kind != "2-point":
+            return False
+        if diff.rel_step is not None:
             return False
         self.differences = replace(diff, kind="3-point")
         return True
 
-    def _evaluate(self, x: Array) -> Array:
-        r = self.fun(x)
-        if self.shape is not None and r.shape != self.shape:
-            raise ValueError(
-                f"`fun` must return the same shape at every call: {self.shape} at `x0`, "
-                f"now {r.shape}."
+    def _differenced(self, x: Array, r: Array) -> Any:
+        diff = self.differences
+        assert diff is not None
+        if not is_numpy(self.xp):
+            return _numdiff.dense_xp(diff, self.fun, x, to_numpy(x), r, self.xp)
+        if self.sparsity is not None:
+            return _numdiff.grouped(diff, self.sparsity, self.fun, x, r)
+        if self._buffer is None or self._buffer.shape[0] != r.shape[0]:
+            self._buffer = np.empty((r.shape[0], x.shape[0]), dtype=r.dtype, order="F")
+        return _numdiff.dense(diff, self.fun, x, r, self._buffer)
+
+    def _checked(self, J: Any, x: Array, r: Array) -> Any:
+        """J as a matrix (m, n) that the subproblems understand; finite, at the first call."""
+        shape = (r.shape[0], x.shape[0])
+        if J is None:
+            raise TypeError("`jac` must return the Jacobian, got None.")
+        if is_numpy(self.xp):
+            J = as_jacobian(J, x.dtype)
+        elif array_namespace(J) is not self.xp:
+            raise TypeError(
+                f"`jac` must return an array of the library of `x0`, {self.xp.__name__}, "
+                f"got {type(J).__name__}."
             )
-        return r
+        if len(J.shape) == 1 and shape[1] == 1 or len(J.shape) < 2 and shape[0] == 1:
+            J = self.xp.reshape(J, shape)
+        if tuple(J.shape) != shape:
+            raise wrong_shape(J.shape, shape)
+        if self.J is None:
+            self._check_finite(J)
+        return J
 
-    def _difference_evaluate(self, x: Array) -> Array:
-        self.diff_nfev += 1
-        return self._evaluate(x)
+    def _check_finite(self, J: Any) -> None:
+        values = J.data if hasattr(J, "tocsr") else J
+        if not is_dense(J) and values is J:
+            return  # an operator has no entries to look at
+        xp = self.xp if is_dense(J) else np
+        if not bool(xp.all(xp.isfinite(values))):
+            bad = int(np.sum(~np.isfinite(to_numpy(values))))
+            raise ValueError(f"`jac` must be finite at `x0`, got {bad} entries that are not.")
 
-    def _jacobian(self, x: Array, r: Array) -> Any:
-        if self.jac is not None:
-            return self.jac(x)
-        assert self.differences is not None
-        if self.xp is np:
-            return _numdiff.dense(self.differences, self._difference_evaluate, x, r, None)
-        return _numdiff.dense_xp(
-            self.differences, self._difference_evaluate, x, to_numpy(x), r, self.xp
-        )
+    def _from_blocks(self, blocks: Iterator[tuple[Array, Array]], x: Array) -> NormalEquations:
+        """Subproblem from the sums over (residuals, rows) blocks; J never exists."""
+        sums = BlockSums(self.xp, self.loss, x.shape[0])
+        for r, J in blocks:
+            sums.add(r, J)
+        if self.m is not None and sums.m != self.m:
+            raise ValueError(
+                f"`jac` must yield as many rows as `fun` has residuals, {self.m}, got {sums.m}."
+            )
+        return NormalEquations(self.xp, *sums.result())
 
 
-__all__ = ["LeastSquaresProblem", "Problem", "Rows"]
+class BlockSums:
+    """Running sums J'J (n, n) and J'r (n,) over blocks of weighted rows."""
+
+    def __init__(self, xp: Namespace, loss: Loss | None, n: int) -> None:
+        self._xp, self._loss, self._n = xp, loss, n
+        self._gram: Array = None
+        self._grad: Array = None
+        self.m = 0
+
+    def add(self, r: Array, J: Array) -> None:
+        """Add a block of residuals (k,) and rows (k, n)."""
+        if tuple(J.shape) != (r.shape[0], self._n):
+            raise wrong_shape(J.shape, (r.shape[0], self._n), " in a block")
+        w = None
+        if self._loss is not None:
+            w, r = self._loss.weights(self._xp, r)
+        G, g = gram_of(self._xp, Rows(self._xp, J, r, w))
+        self.m += r.shape[0]
+        if self._gram is None:
+            self._gram, self._grad = G, g
+        else:
+            self._gram, self._grad = self._gram + G, self._grad + g
+
+    def result(self) -> tuple[Array, Array]:
+        """The sums."""
+        if self._gram is None:
+            raise ValueError("`jac` must yield at least one block of rows, got none.")
+        return self._gram, self._grad
+
+
+class StreamedCost(NamedTuple):
+    """What remains of streamed residuals: their cost and their number."""
+
+    cost: float
+    m: int
+
+
+@dataclass
+class StreamedProblem:
+    """A problem whose residuals come in blocks too: neither r nor J is ever held.
+
+    ``fun(x)`` iterates over residual blocks (k,), ``jac(x)`` over pairs of them and rows (k, n).
+    """
+
+    xp: Namespace
+    fun: Callable[[Array], Iterator[Array]]
+    jac: Callable[[Array], Iterator[tuple[Array, Array]]]
+    loss: Loss | None = None
+    m: int | None = None
+    J: None = None
+    nfev: int = 0
+    njev: int = 0
+
+    def residual(self, x: Array) -> StreamedCost:
+        """Cost and number of the residuals at x (n,)."""
+        self.nfev += 1
+        xp, cost, m = self.xp, 0.0, 0
+        for r in self.fun(x):
+            block = 0.5 * sum_squares(xp, r) if self.loss is None else self.loss.cost(xp, r)
+            cost += to_floats(block)[0]
+            m += r.shape[0]
+        self.m = m
+        return StreamedCost(cost, m)
+
+    def cost(self, r: StreamedCost) -> float:
+        """Cost of residuals that were summed already."""
+        return r.cost
+
+    def linearize(self, x: Array, r: StreamedCost) -> NormalEquations:
+        """Subproblem at x (n,) from one pass over the row blocks."""
+        self.njev += 1
+        sums = BlockSums(self.xp, self.loss, x.shape[0])
+        for block, J in self.jac(x):
+            sums.add(block, J)
+        if sums.m != r.m:
+            raise ValueError(
+                f"`jac` must yield as many rows as `fun` yields residuals, {r.m}, got {sums.m}."
+            )
+        return NormalEquations(self.xp, *sums.result())
+
+
+def is_dense(J: Any) -> bool:
+    """Whether J is an array, not a sparse matrix or an operator."""
+    return type(J) is np.ndarray or not (hasattr(J, "tocsr") or hasattr(J, "rmatvec"))
+
+
+def as_jacobian(J: Any, dtype: Any) -> Any:
+    """A user's Jacobian as a NumPy array of the dtype, sparse matrix or operator."""
+    if hasattr(J, "tocsr") or hasattr(J, "rmatvec"):
+        return J
+    try:
+        a = np.asarray(J)
+    except ValueError as error:
+        raise ValueError(f"`jac` must return one matrix of numbers: {error}.") from error
+    if a.dtype.kind == "O" or a.dtype.kind in "USV":
+        raise TypeError(f"`jac` must return numbers, got an array of dtype {a.dtype}.")
+    if a.dtype.kind == "c":
+        raise TypeError("`jac` must be real where `x0` and the residuals are real, got complex.")
+    return a.astype(dtype, copy=False)
+
+
+def wrong_shape(actual: Any, expected: tuple[int, int], where: str = "") -> ValueError:
+    """The error for a Jacobian of the wrong shape."""
+    return ValueError(
+        f"`jac` must return shape (m, n) = {expected}{where}, got {tuple(actual)}."
+    )

@@ -42,6 +42,8 @@ class LMState(NamedTuple):
         The figure of that test and its tolerance.
     polished, doubts : int
         Polishing steps taken since, and times that polishing found the run not converged.
+    escalated : bool
+        Whether the last step came from a QR factorisation.
     central : bool
         Whether differences have gone over to the central formula.
     trail : tuple of (array, array)
@@ -67,6 +69,7 @@ class LMState(NamedTuple):
     limit: float = 0.0
     polished: int = 0
     doubts: int = 0
+    escalated: bool = False
     central: bool = False
     trail: tuple[tuple[Array, Array], ...] = ()
     status: int | None = None

@@ -109,7 +109,7 @@ class NormalEquations:
         self.escalated = False
         self.pivot = 0.0
         self._xp = xp
-        self._gram = gram
+        self.gram = gram
         self._rows = rows
         self._d: Array | None = None
         self._scaled: Array | None = None
@@ -122,7 +122,7 @@ class NormalEquations:
             return self._refined.solve(mu, d, start)
         xp = self._xp
         if self._d is not d:
-            self._d, self._scaled = d, _held_diagonal(xp, self._gram, d)
+            self._d, self._scaled = d, _held_diagonal(xp, self.gram, d)
         A = _linalg.add_diagonal(xp, self._scaled, mu) if mu else self._scaled
         try:
             self._factor = Cholesky(xp, A, overwrite=mu != 0)
@@ -131,7 +131,7 @@ class NormalEquations:
         if self._factor.pivot < ESCALATE and self._rows is not None:
             return self._refine().solve(mu, d, start)
         self.pivot = self._factor.pivot
-        grad = self.grad if start is None else self.grad + self._gram @ start
+        grad = self.grad if start is None else self.grad + self.gram @ start
         return -d * self._factor.solve(d * grad)
 
     def secular(self, p: Array, d: Array) -> Array:
@@ -147,7 +147,7 @@ class NormalEquations:
         if self._rows is not None and self.escalated:
             Jp = self._rows.matvec(p)
             return -(self._rows.r @ Jp + 0.5 * (Jp @ Jp))
-        return -(self.grad @ p + 0.5 * (p @ (self._gram @ p)))
+        return -(self.grad @ p + 0.5 * (p @ (self.gram @ p)))
 
     def rank(self) -> int | None:
         """Numerical rank of J d, where the last solve knows it."""

@@ -1,0 +1,714 @@
+"""`least_squares`: the front door. Validation, the loop over the step-wise solver, the result."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.optimize
+from scipy.optimize import OptimizeResult
+
+from . import _bounds, _complex, _numdiff, _validate
+from ._lm import CALLBACK, LevenbergMarquardt, message
+from ._numdiff import Differences
+from ._problem import (
+    Problem,
+    ResidualAndJacobian,
+    StreamedProblem,
+    UserFunction,
+    as_jacobian,
+    is_dense,
+)
+from ._result import Context, LeastSquaresResult
+from ._state import LMState
+from ._xp import Array, Namespace, array_namespace, eps, is_numpy, to_floats, to_numpy
+
+UNBOUNDED = (-np.inf, np.inf)
+
+
+class Iteration(NamedTuple):
+    """One trial of a run, as kept in ``result.history``.
+
+    Attributes
+    ----------
+    nfev, nit : int
+        Residual evaluations and accepted steps so far.
+    cost : float
+        Cost at the best point so far.
+    accepted : bool
+        Whether the trial was accepted.
+    ratio : float
+        Actual over predicted decrease.
+    radius, damping : float
+        Trust radius after the trial, and damping of its step.
+    length : float
+        Scaled length of the step.
+    polishing : bool
+        Whether the trial was an undamped polishing step.
+    escalated : bool
+        Whether the step came from a QR factorisation, the normal equations being ill-conditioned.
+    """
+
+    nfev: int
+    nit: int
+    cost: float
+    accepted: bool
+    ratio: float
+    radius: float
+    damping: float
+    length: float
+    polishing: bool
+    escalated: bool
+
+
+def least_squares(
+    fun: Any,
+    x0: Any,
+    jac: Any = "2-point",
+    bounds: Any = UNBOUNDED,
+    method: str = "lm",
+    ftol: float | None = 1e-8,
+    xtol: float | None = 1e-8,
+    gtol: float | None = 1e-8,
+    x_scale: Any = None,
+    loss: Any = "linear",
+    f_scale: float = 1.0,
+    diff_step: Any = None,
+    tr_solver: str | None = None,
+    tr_options: dict[str, Any] | None = None,
+    jac_sparsity: Any = None,
+    max_nfev: int | None = None,
+    verbose: int = 0,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    callback: Callable[..., Any] | None = None,
+    workers: Any = None,
+    *,
+    fixed: Any = None,
+    names: Sequence[str] | None = None,
+    polish: bool = True,
+    resume: LMState | None = None,
+    backend: str | None = None,
+) -> LeastSquaresResult:
+    """Minimise a sum of squares, or of robust losses, by Levenberg-Marquardt.
+
+    Finds a local minimum of ``F(x) = 0.5 * sum(rho(f_i(x)**2))`` subject to ``lb <= x <= ub``. The
+    signature is SciPy's; one method serves bounds, robust losses, m < n, sparse Jacobians and
+    operators. Parameters after ``workers`` are keyword-only additions.
+
+    Parameters
+    ----------
+    fun : callable
+        ``fun(x, *args, **kwargs)`` returns the residuals, array, shape (m,), of the library of
+        ``x0``; or, with a ``jac`` that does so too, an iterator over blocks of them. Complex
+        residuals are split into real and imaginary parts. An object with methods ``residual``,
+        ``cost`` and ``linearize`` is taken as the whole problem.
+    x0 : array_like, shape (n,), or number
+        Initial guess, real or complex. An array of another library (PyTorch, cuPyNumeric) moves
+        the whole fit there; its dtype is kept.
+    jac : {'2-point', '3-point', 'cs', True} or callable, optional
+        Differences of ``fun`` (relative to each parameter's own size), or ``jac(x, *args,
+        **kwargs)`` returning the Jacobian: array (m, n), sparse matrix, LinearOperator, or an
+        iterator over pairs (residuals (k,), rows (k, n)) that is summed and never held. True means
+        that ``fun`` returns the pair (residuals, Jacobian).
+    bounds : pair of array_like or Bounds, optional
+        Lower and upper bounds, each a number or of shape (n,). Nothing is ever evaluated outside
+        them. Equal bounds fix a parameter.
+    method : {'lm', 'trf', 'dogbox'}, optional
+        'lm' is this package's; the other two hand a NumPy problem to SciPy unchanged.
+    ftol : float or None, optional
+        Stop when the actual and the predicted relative decrease of the cost are at most this.
+    xtol : float or None, optional
+        Stop when the scaled step is at most this share of the scaled parameters.
+    gtol : float or None, optional
+        Stop when the largest cosine between the residuals and a column of the Jacobian is at most
+        this, or the residuals vanish.
+    x_scale : array_like, 'jac' or None, optional
+        Characteristic sizes of the parameters. None and 'jac' take them from the column norms of
+        the Jacobian, as a slowly fading running maximum.
+    loss : {'linear', 'huber', 'soft_l1', 'cauchy', 'arctan'} or callable, optional
+        rho(z); a callable returns rho, rho' and rho'' at z (m,) as an array (3, m).
+    f_scale : float, optional
+        Residuals beyond this are outliers: ``rho`` becomes ``f_scale**2 * rho(f**2 / f_scale**2)``.
+    diff_step : float or array_like, optional
+        Relative steps of the differences.
+    tr_solver : {None, 'exact', 'lsmr'}, optional
+        'exact' factors (dense Jacobians only), 'lsmr' iterates; None chooses by the Jacobian.
+    tr_options : dict, optional
+        ``atol``, ``btol`` and ``maxiter`` of the iterative solver; ``regularize`` is accepted and
+        has no effect, since each step is damped.
+    jac_sparsity : array_like or sparse matrix, shape (m, n), optional
+        Structure of the Jacobian: independent columns are differenced together.
+    max_nfev : int, optional
+        Residual evaluations at most, differences not counted. The default is ``1000 * (n + 1)``.
+    verbose : {0, 1, 2}, optional
+        0 is silent, 1 prints why it ended, 2 prints each trial.
+    args, kwargs : tuple and dict, optional
+        Further arguments of ``fun`` and ``jac``.
+    callback : callable, optional
+        Called after each accepted step as ``callback(x)``, or as ``callback(intermediate_result)``
+        if that is its parameter's name, with ``x``, ``fun``, ``cost``, ``nit``, ``nfev`` and
+        ``state``. The run ends if it raises StopIteration or returns True.
+    workers : int or map-like, optional
+        Processes that evaluate the differences, or a map to evaluate them with.
+    fixed : array_like of bool, shape (n,), optional
+        Parameters to hold at their value in ``x0``.
+    names : sequence of str, optional
+        Names of the parameters, for the report.
+    polish : bool, optional
+        Whether a converged fit is polished by undamped steps to full accuracy.
+    resume : LMState, optional
+        State of an earlier run of the same problem to go on from.
+    backend : {None, 'auto', 'numpy', 'cupynumeric'}, optional
+        Where the large linear algebra runs; None follows ``x0``.
+
+    Returns
+    -------
+    LeastSquaresResult
+        SciPy's fields and ``nit``, ``history``, ``state``, with methods for standard errors,
+        covariance, confidence intervals and a report.
+
+    Raises
+    ------
+    ValueError
+        If a value breaks the rule that its message names, or residuals at ``x0`` are not finite.
+    TypeError
+        If an argument is of the wrong kind.
+
+    Notes
+    -----
+    A trial point whose cost is not finite is a rejected step. Exceptions of ``fun`` and ``jac`` pass
+    through. The step is More's trust-region form of Levenberg-Marquardt [1]_ with a polish by
+    Anderson-accelerated Gauss-Newton steps; see ``lmsolve._lm`` for the convergence tests.
+
+    References
+    ----------
+    .. [1] J. J. More, "The Levenberg-Marquardt algorithm: implementation and theory", Lecture Notes
+       in Mathematics 630 (1978), 105-116.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lmsolve import least_squares
+    >>> t = np.linspace(0, 3, 20)
+    >>> y = 2.5 * np.exp(-1.3 * t)
+    >>> result = least_squares(lambda x: x[0] * np.exp(-x[1] * t) - y, [1.0, 1.0])
+    >>> np.round(result.x, 6).tolist()
+    [2.5, 1.3]
+    """
+    _validate.one_of(method, "method", _validate.METHODS)
+    if verbose not in (0, 1, 2):
+        raise ValueError(f"`verbose` must be 0, 1 or 2, got {verbose!r}.")
+    if method != "lm":
+        return _scipy(
+            fun, x0, jac, bounds, method, ftol, xtol, gtol, x_scale, loss, f_scale, diff_step,
+            tr_solver, tr_options, jac_sparsity, max_nfev, verbose, args, kwargs, callback, workers,
+        )  # fmt: skip
+    x = _validate.parameters(x0)
+    if backend is not None or not is_numpy(array_namespace(x)):
+        moved = _moved(fun, x, jac, backend)
+        if moved is not None:
+            fun, x, jac = moved
+    options = Options(
+        jac=jac,
+        loss=loss,
+        f_scale=f_scale,
+        diff_step=diff_step,
+        tr_solver=tr_solver,
+        tr_options=tr_options,
+        jac_sparsity=jac_sparsity,
+        workers=workers,
+    )
+    return _Fit(fun, x, bounds, fixed, args, kwargs, options, names).run(
+        tolerances=(ftol, xtol, gtol),
+        x_scale=x_scale,
+        max_nfev=max_nfev,
+        polish=polish,
+        verbose=verbose,
+        callback=callback,
+        resume=resume,
+    )
+
+
+class Options(NamedTuple):
+    """How the residuals are weighed and differentiated, as the caller said it."""
+
+    jac: Any = "2-point"
+    loss: Any = "linear"
+    f_scale: Any = 1.0
+    diff_step: Any = None
+    tr_solver: Any = None
+    tr_options: Any = None
+    jac_sparsity: Any = None
+    workers: Any = None
+
+
+class _Fit:
+    """One call: from the caller's arguments to a problem, a run and a result."""
+
+    def __init__(
+        self,
+        fun: Any,
+        x: Array,
+        bounds: Any,
+        fixed: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any] | None,
+        options: Options,
+        names: Sequence[str] | None,
+    ) -> None:
+        self.xp: Namespace = array_namespace(x)
+        self.names = names
+        self.options = options
+        self.fun, self.fixed = fun, fixed
+        self.complex_x = bool(self.xp.isdtype(x.dtype, "complex floating"))
+        self.complex_r = False
+        if names is not None and len(names) != x.shape[0]:
+            raise ValueError(f"`names` must name {x.shape[0]} parameters, got {len(names)}.")
+        if self.complex_x:
+            if bounds is not UNBOUNDED and np.isfinite(np.asarray(bounds, dtype=float)).any():
+                raise ValueError("`bounds` must be infinite where `x0` is complex.")
+            fixed = None if fixed is None else np.tile(_validate.fixed_mask(fixed, x.shape[0]), 2)
+            x = _complex.split(x)
+        self.x0 = x
+        self.box: _bounds.Box | None = None
+        n = x.shape[0]
+        if bounds is UNBOUNDED and fixed is None:
+            self.lb, self.ub = np.full(n, -np.inf), np.full(n, np.inf)
+        elif self.complex_x:
+            self.box, self.lb, self.ub = _validate.box(UNBOUNDED, fixed, x)
+        else:
+            self.box, self.lb, self.ub = _validate.box(bounds, fixed, x, names)
+        self.problem, self.r0 = self._problem(args, kwargs)
+        self.pool: Any = None
+
+    # -- the problem ---------------------------------------------------------------------------
+
+    def _problem(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The problem and its residuals at x0."""
+        o = self.options
+        if hasattr(self.fun, "linearize"):
+            return self.fun, None
+        if not callable(self.fun):
+            raise TypeError(f"`fun` must be callable, got {type(self.fun).__name__}.")
+        if not isinstance(args, tuple):
+            args = tuple(args) if isinstance(args, list) else (args,)
+        if kwargs is not None and not isinstance(kwargs, dict):
+            raise TypeError(f"`kwargs` must be a dict, got {type(kwargs).__name__}.")
+        loss = _validate.loss_function(o.loss, o.f_scale)
+        _validate.one_of(o.tr_solver, "tr_solver", _validate.TR_SOLVERS)
+        if not callable(o.jac) and o.jac is not True:
+            if isinstance(o.jac, bool) or not isinstance(o.jac, str):
+                raise ValueError(
+                    "`jac` must be '2-point', '3-point', 'cs', True or a callable, got "
+                    f"{o.jac!r}."
+                )
+            _validate.one_of(o.jac, "jac", _validate.DIFFERENCES)
+        fun = UserFunction(self.fun, args, kwargs or {}, "fun")
+        first: Any = None
+        if o.jac is True:
+            both = ResidualAndJacobian(fun)
+            r0 = both(self.x0)
+            return self._array_problem(both, both.jac, r0, loss)
+        argument = _complex.join(self.x0) if self.complex_x else self.x0
+        first = fun.function(
+            argument.copy() if type(argument) is np.ndarray else argument, *args, **fun.kwargs
+        )
+        jac = partial(_call, o.jac, args, fun.kwargs) if callable(o.jac) else None
+        if hasattr(first, "__next__"):
+            return self._streamed(fun, jac, loss), None
+        r0 = fun.residuals(first, self.x0)
+        if self.complex_x or self.xp.isdtype(r0.dtype, "complex floating"):
+            self.complex_r = True
+            if o.jac == "cs":
+                raise ValueError("`jac` must not be 'cs' where residuals or `x0` are complex.")
+            real = _complex.RealFunction(fun, self.complex_x)
+            r0 = _complex.split(r0 + 0j)
+            jac = None if jac is None else _complex.real_jacobian(jac, self.complex_x)
+            return self._array_problem(real, jac, r0, loss)
+        return self._array_problem(fun, jac, r0, loss)
+
+    def _streamed(self, fun: UserFunction, jac: Any, loss: Any) -> StreamedProblem:
+        if jac is None:
+            raise ValueError(
+                "`jac` must be a callable that iterates over (residuals, rows) blocks where `fun` "
+                f"iterates over blocks of residuals, got {self.options.jac!r}."
+            )
+        blocks = partial(_call, fun.function, fun.args, fun.kwargs)
+        return StreamedProblem(self.xp, blocks, jac, loss)
+
+    def _array_problem(self, fun: Any, jac: Any, r0: Array, loss: Any) -> tuple[Problem, Array]:
+        """Problem of arrays; its residuals are checked and brought to the dtype of x0."""
+        o, x = self.options, self.x0
+        if r0.shape[0] == 0:
+            raise ValueError("`fun` must return at least one residual, got none.")
+        precision = max(eps(self.xp, x.dtype), eps(self.xp, r0.dtype))
+        _validate.finite_residuals(r0)
+        if r0.dtype != x.dtype:
+            r0 = self.xp.astype(r0, x.dtype)
+            if not is_numpy(self.xp):
+                fun = _cast(fun, x.dtype, self.xp)
+        if is_numpy(self.xp) and isinstance(fun, UserFunction | ResidualAndJacobian):
+            fun.dtype = x.dtype
+        if loss is not None:
+            _validate.loss_values(loss, r0)
+        differences = self._differences(jac, precision) if jac is None else None
+        sparsity = self._sparsity(r0.shape[0]) if jac is None else None
+        if jac is not None and o.tr_options:
+            _validate.iterative_options(o.tr_solver, o.tr_options)
+        problem = Problem(
+            self.xp,
+            fun,
+            jac,
+            differences=differences,
+            loss=loss,
+            sparsity=sparsity,
+            linear_solver=self._linear_solver(),
+            precision=precision,
+            m=r0.shape[0],
+            nfev=1,
+        )
+        return problem, r0
+
+    def _linear_solver(self) -> Any:
+        o = self.options
+        if o.tr_options is None and o.tr_solver is None:
+            return None
+        options = _validate.iterative_options(o.tr_solver, o.tr_options)
+        options.pop("regularize", None)
+        return (o.tr_solver, options)
+
+    def _differences(self, jac: Any, precision: float) -> Differences:
+        o = self.options
+        host = to_numpy(self.x0).astype(float)
+        typical = np.where(host != 0, np.abs(host), 1.0)
+        step = _validate.difference_step(o.diff_step, host.shape[0])
+        bounded = self.box is not None
+        held = (self.lb == self.ub) if bounded else None
+        return Differences(
+            o.jac,
+            typical,
+            precision,
+            lb=self.lb if bounded else None,
+            ub=self.ub if bounded else None,
+            held=held if held is not None and held.any() else None,
+            rel_step=step,
+        )
+
+    def _sparsity(self, m: int) -> Any:
+        structure = self.options.jac_sparsity
+        if structure is None:
+            return None
+        if self.options.tr_solver == "exact":
+            raise ValueError("`tr_solver` must not be 'exact' where `jac_sparsity` is given.")
+        found = _numdiff.sparsity(structure)
+        expected = (m, self.x0.shape[0])
+        if found.shape != expected:
+            raise ValueError(
+                f"`jac_sparsity` must have shape (m, n) = {expected}, got {found.shape}."
+            )
+        return found
+
+    # -- the run -------------------------------------------------------------------------------
+
+    def run(
+        self,
+        tolerances: tuple[Any, Any, Any],
+        x_scale: Any,
+        max_nfev: Any,
+        polish: bool,
+        verbose: int,
+        callback: Any,
+        resume: LMState | None,
+    ) -> LeastSquaresResult:
+        """Loop over the step-wise solver."""
+        problem, x = self.problem, self.x0
+        precision = getattr(problem, "precision", eps(self.xp, x.dtype))
+        f, s, g = _validate.tolerances(*tolerances, precision)
+        solver = LevenbergMarquardt(
+            ftol=f,
+            xtol=s,
+            gtol=g,
+            max_nfev=_validate.evaluations(max_nfev, x.shape[0]),
+            x_scale=_validate.scales(x_scale, x),
+            bounds=self.box,
+            polish=polish,
+        )
+        notify = _callback(callback)
+        history: list[Iteration] = []
+        with _workers(self.options.workers, problem):
+            if resume is None:
+                state = solver.init(problem, x, self.r0)
+            else:
+                state = solver.resume(problem, resume)
+            if verbose == 2:
+                print(HEADER)
+            first_cost = state.cost
+            while state.status is None:
+                nit, polishing = state.nit, state.fired != 0
+                state = solver.step(problem, state)
+                history.append(_iteration(state, polishing))
+                if verbose == 2:
+                    print(_line(history[-1]))
+                if state.nit > nit and notify is not None and notify(self._intermediate(state)):
+                    state = state._replace(status=CALLBACK)
+            if state.point.subproblem is None:
+                state = solver.linearize(problem, state)
+            if x_scale == "jac" and state.point.subproblem.norms is None:
+                pass
+            result = self._result(problem, state, history, solver)
+        if verbose:
+            print(result.message)
+            print(
+                f"Function evaluations {result.nfev}, initial cost {first_cost:.4e}, final cost "
+                f"{result.cost:.4e}, first-order optimality {result.optimality:.2e}."
+            )
+        return result
+
+    def _intermediate(self, state: LMState) -> OptimizeResult:
+        x, r = state.x, state.point.residual
+        if self.complex_x:
+            x = _complex.join(x)
+        if type(x) is np.ndarray:
+            x = x.copy()
+        return OptimizeResult(
+            x=x,
+            fun=r,
+            cost=state.cost,
+            nit=state.nit,
+            nfev=state.nfev,
+            njev=state.njev,
+            state=state,
+        )
+
+    def _result(
+        self, problem: Any, state: LMState, history: list[Iteration], solver: LevenbergMarquardt
+    ) -> LeastSquaresResult:
+        """The result of a finished state."""
+        sub, x = state.point.subproblem, state.x
+        g = sub.grad
+        r, J = state.point.residual, getattr(problem, "J", None)
+        if not self.xp.isdtype(getattr(r, "dtype", None) or x.dtype, "real floating"):
+            r = None
+        host_x, host_g = to_numpy(x).astype(float), to_numpy(g).astype(float)
+        active = np.zeros(x.shape[0], dtype=int)
+        if self.box is None:
+            optimality = float(np.max(np.abs(host_g)))
+            held = np.zeros(x.shape[0], dtype=bool)
+        else:
+            active = _bounds.active_mask(host_x, self.lb, self.ub)
+            optimality = _bounds.optimality(host_x, host_g, self.lb, self.ub)
+            held = np.asarray(to_numpy(state.point.d) == 0)
+        is_array_r = hasattr(r, "shape")
+        fun = r if is_array_r else None
+        status = state.status if state.status is not None else 0
+        result = LeastSquaresResult(
+            x=x,
+            cost=state.cost,
+            fun=fun,
+            jac=J,
+            grad=g,
+            optimality=optimality,
+            active_mask=active,
+            nfev=state.nfev,
+            njev=state.njev,
+            nit=state.nit,
+            status=status,
+            message=message(state),
+            success=status > 0,
+            rank=_rank(sub),
+            history=history,
+            state=state,
+        )
+        context = Context(
+            m=getattr(problem, "m", None) or (r.shape[0] if is_array_r else 0),
+            loss=getattr(problem, "loss", None),
+            xp=self.xp,
+            held=held,
+            lb=self.lb,
+            ub=self.ub,
+            gram=getattr(sub, "gram", None) if J is None else None,
+            refit=partial(_refit, problem, self.xp, x, self.lb, self.ub, solver),
+            names=self.names,
+        )
+        object.__setattr__(result, "_context", context)
+        if self.complex_x or self.complex_r:
+            self._to_complex(result)
+        return result
+
+    def _to_complex(self, result: LeastSquaresResult) -> None:
+        """x, fun, jac and grad of a result put back into complex form."""
+        result.fun = _complex.join(result.fun)
+        if result.jac is not None:
+            result.jac = _complex.complex_jacobian(result.jac, self.complex_x)
+        if self.complex_x:
+            result.x, result.grad = _complex.join(result.x), _complex.join(result.grad)
+            n = result.x.shape[0]
+            result.active_mask = result.active_mask[:n]
+
+
+def _refit(
+    problem: Any,
+    xp: Namespace,
+    like: Array,
+    lb: np.ndarray,
+    ub: np.ndarray,
+    solver: LevenbergMarquardt,
+    start: np.ndarray,
+    fixed: np.ndarray,
+) -> tuple[float, np.ndarray]:
+    """Cost and parameters of the same problem with some parameters held at their start."""
+    box, _, _ = _validate.box((lb, ub), fixed, _validate.convert(start, like))
+    if isinstance(problem, Problem) and problem.differences is not None:
+        problem = replace(
+            problem, differences=replace(problem.differences, held=fixed), _buffer=None
+        )
+    run = solver.copy(bounds=box)
+    x = _validate.convert(start, like)
+    try:
+        state = run.init(problem, x)
+    except ValueError:
+        return math.inf, start
+    while state.status is None:
+        state = run.step(problem, state)
+    return state.cost, to_numpy(state.x).astype(float)
+
+
+def _call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Any, x: Array) -> Any:
+    """A user's function with its extra arguments; it may write into its x."""
+    return function(x.copy() if type(x) is np.ndarray else x, *args, **kwargs)
+
+
+def _cast(fun: Callable[[Array], Array], dtype: Any, xp: Namespace) -> Callable[[Array], Array]:
+    """``fun`` with its residuals brought to the dtype of x0."""
+    return lambda x: xp.astype(fun(x), dtype)
+
+
+def _rank(sub: Any) -> int | None:
+    """Numerical rank found by the last solve, where one was."""
+    rank = getattr(sub, "rank", None)
+    return rank() if rank is not None else None
+
+
+def _iteration(state: LMState, polishing: bool) -> Iteration:
+    return Iteration(
+        state.nfev,
+        state.nit,
+        state.cost,
+        state.accepted,
+        state.ratio,
+        state.damping.radius,
+        state.damping.mu,
+        state.length,
+        polishing,
+        state.escalated,
+    )
+
+
+HEADER = f"{'evaluation':>10} {'steps':>6} {'cost':>15} {'gain ratio':>11} {'radius':>10} {'damping':>10}"
+
+
+def _line(i: Iteration) -> str:
+    mark = "" if i.accepted else "  rejected"
+    mark += "  polish" if i.polishing else ""
+    return (
+        f"{i.nfev:>10} {i.nit:>6} {i.cost:>15.8e} {i.ratio:>11.3g} {i.radius:>10.2e} "
+        f"{i.damping:>10.2e}{mark}"
+    )
+
+
+def _callback(callback: Any) -> Callable[[OptimizeResult], bool] | None:
+    """The user's callback by SciPy's two conventions, as a question whether to stop."""
+    if callback is None:
+        return None
+    if not callable(callback):
+        raise TypeError(f"`callback` must be callable, got {type(callback).__name__}.")
+    try:
+        by_name = set(inspect.signature(callback).parameters) == {"intermediate_result"}
+    except (TypeError, ValueError):
+        by_name = False
+
+    def notify(result: OptimizeResult) -> bool:
+        try:
+            if by_name:
+                return bool(callback(intermediate_result=result))
+            return bool(callback(result.x))
+        except StopIteration:
+            return True
+
+    return notify
+
+
+class _workers:
+    """Context in which a problem's differences are evaluated by ``workers``."""
+
+    def __init__(self, workers: Any, problem: Any) -> None:
+        self._workers, self._problem, self._pool = workers, problem, None
+        if workers is None or isinstance(workers, bool):
+            if workers is not None:
+                raise TypeError("`workers` must be an int or map-like, got a bool.")
+        elif not callable(workers) and not isinstance(workers, int | np.integer):
+            raise TypeError(
+                f"`workers` must be an int or map-like, got {type(workers).__name__}."
+            )
+        elif not callable(workers) and (workers == 0 or workers < -1):
+            raise ValueError(f"`workers` must be -1 or a positive integer, got {workers}.")
+
+    def __enter__(self) -> None:
+        diff = getattr(self._problem, "differences", None)
+        if diff is None or self._workers is None or self._workers == 1:
+            return
+        if callable(self._workers):
+            run = self._workers
+        else:
+            from multiprocessing import Pool
+
+            self._pool = Pool(None if self._workers == -1 else int(self._workers))
+            run = self._pool.map
+        self._problem.differences = replace(diff, map=run)
+
+    def __exit__(self, *exception: object) -> None:
+        diff = getattr(self._problem, "differences", None)
+        if diff is not None:
+            self._problem.differences = replace(diff, map=map)
+        if self._pool is not None:
+            self._pool.close()
+            self._pool.join()
+
+
+def _moved(fun: Any, x: Array, jac: Any, backend: str | None) -> tuple[Any, Array, Any] | None:
+    """fun, x0 and jac for the backend that is asked for, or None to leave them as they are."""
+    _validate.one_of(backend, "backend", (None, "auto", "numpy", "cupynumeric"))
+    return None
+
+
+def _scipy(*arguments: Any) -> LeastSquaresResult:
+    """SciPy's own method, unchanged, with the result's methods added."""
+    result = scipy.optimize.least_squares(*arguments)
+    wrapped = LeastSquaresResult(result)
+    x = np.asarray(result.x)
+    n = x.shape[0]
+    try:
+        lb, ub = _validate.host_bounds(arguments[3], n)
+    except (TypeError, ValueError):
+        lb, ub = np.full(n, -np.inf), np.full(n, np.inf)
+    context = Context(
+        m=np.asarray(result.fun).shape[0],
+        loss=None,
+        xp=np,
+        held=np.asarray(result.active_mask != 0),
+        lb=lb,
+        ub=ub,
+        gram=None,
+        refit=None,
+    )
+    object.__setattr__(wrapped, "_context", context)
+    return wrapped
+
+
+__all__ = ["Iteration", "as_jacobian", "is_dense", "least_squares", "to_floats"]

@@ -1,0 +1,256 @@
+"""The result of a fit: SciPy's OptimizeResult with uncertainty and a report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.optimize import OptimizeResult
+
+from . import _uncertainty
+from ._uncertainty import Curvature, Uncertainty
+from ._xp import to_numpy
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a result remembers of its fit for later questions; not pickled with it."""
+
+    m: int
+    loss: Any
+    xp: Any
+    held: np.ndarray
+    lb: np.ndarray
+    ub: np.ndarray
+    gram: Any
+    refit: Callable[[np.ndarray, np.ndarray], Any] | None
+    names: Sequence[str] | None = None
+    absolute_sigma: bool = False
+
+
+class LeastSquaresResult(OptimizeResult):  # type: ignore[misc]  # SciPy has no types
+    """Result of a least-squares fit.
+
+    Attributes
+    ----------
+    x : array, shape (n,)
+        Solution.
+    cost : float
+        Cost at the solution, ``0.5 * sum(rho(r**2))``.
+    fun : array, shape (m,)
+        Residuals at the solution, as ``fun`` returned them.
+    jac : array, sparse array or LinearOperator, shape (m, n)
+        Jacobian at the solution, as ``jac`` returned it: a robust loss does not change it.
+    grad : array, shape (n,)
+        Gradient of the cost.
+    optimality : float
+        Largest gradient entry in absolute value; with bounds, each entry scaled by its way to the
+        bound that it points to.
+    active_mask : ndarray of int, shape (n,)
+        -1 at a lower bound, 1 at an upper bound, 0 elsewhere.
+    nfev, njev, nit : int
+        Residual evaluations (differences not counted), Jacobians and accepted steps.
+    status : int
+        Why it ended: 1 `gtol`, 2 `ftol`, 3 `xtol`, 4 both, 0 `max_nfev`, -2 the callback,
+        -3 a Jacobian that is not finite, -4 a singular system.
+    message : str
+        The same in words, with the figures.
+    success : bool
+        Whether a convergence test was met.
+    history : list of Iteration
+        One entry for each trial.
+    state : LMState
+        The last state: pass it as ``resume=`` to go on.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        object.__setattr__(self, "_context", None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        kept = {k: v for k, v in self.items() if k != "state"}
+        return (type(self), (kept,))
+
+    def uncertainty(
+        self, *, absolute_sigma: bool | None = None, sandwich: bool | None = None
+    ) -> Uncertainty:
+        """Covariance, standard errors, correlations, rank and null directions in one object.
+
+        Parameters
+        ----------
+        absolute_sigma : bool, optional
+            Whether the residuals are in units of their known standard deviations; otherwise the
+            residual variance is estimated from the fit. The default is what the fit was told,
+            False for `least_squares`.
+        sandwich : bool, optional
+            Whether to use the sandwich form, which stays valid where the scatter does not match
+            the loss. The default is True for a robust loss and False otherwise.
+
+        Returns
+        -------
+        Uncertainty
+            With ``covariance``, ``stderr``, ``correlation``, ``rank``, ``null_space``, ``dof``,
+            ``variance`` and ``held``.
+
+        Raises
+        ------
+        ValueError
+            If the result has no Jacobian to work with, or too many parameters for a matrix.
+        """
+        context = self._known()
+        robust = context.loss is not None
+        absolute = context.absolute_sigma if absolute_sigma is None else absolute_sigma
+        use_sandwich = robust if sandwich is None else sandwich
+        return _uncertainty.uncertainty(self._curvature(), absolute, use_sandwich)
+
+    def covariance(
+        self, *, absolute_sigma: bool | None = None, sandwich: bool | None = None
+    ) -> np.ndarray:
+        """Covariance matrix of the parameters.
+
+        Parameters
+        ----------
+        absolute_sigma : bool, optional
+            See `uncertainty`.
+        sandwich : bool, optional
+            See `uncertainty`.
+
+        Returns
+        -------
+        ndarray, shape (n, n)
+            Covariance; zero for held parameters, infinite for undetermined ones.
+        """
+        return self.uncertainty(absolute_sigma=absolute_sigma, sandwich=sandwich).covariance
+
+    def standard_errors(self, *, absolute_sigma: bool | None = None) -> np.ndarray:
+        """Standard errors of the parameters, for large sparse problems too.
+
+        Parameters
+        ----------
+        absolute_sigma : bool, optional
+            See `uncertainty`.
+
+        Returns
+        -------
+        ndarray, shape (n,)
+            Standard errors; zero for held parameters, infinite for undetermined ones.
+        """
+        c = self._curvature()
+        if hasattr(c.rows, "tocsr") and c.rows.shape[1] > _uncertainty.DENSE_PARAMETERS:
+            free = int((~c.held).sum())
+            absolute = self._known().absolute_sigma if absolute_sigma is None else absolute_sigma
+            variance = 1.0 if absolute else 2.0 * c.cost / (c.m - free)
+            return _uncertainty.sparse_standard_errors(c.rows, c.held, variance)
+        return self.uncertainty(absolute_sigma=absolute_sigma).stderr
+
+    def confidence_intervals(self, level: float = 0.95, *, method: str = "profile") -> np.ndarray:
+        """Confidence intervals of the parameters.
+
+        Parameters
+        ----------
+        level : float, optional
+            Coverage, between 0 and 1.
+        method : {'profile', 'linear'}, optional
+            'profile' refits the other parameters along each one and follows the cost itself;
+            'linear' is the symmetric interval of the standard error, with Student's t.
+
+        Returns
+        -------
+        ndarray, shape (n, 2)
+            Lower and upper ends; infinite where the data set no end.
+
+        Raises
+        ------
+        ValueError
+            If ``level`` or ``method`` is not one of the above.
+        """
+        from scipy.special import stdtrit
+
+        if not 0.0 < level < 1.0:
+            raise ValueError(f"`level` must lie between 0 and 1, got {level}.")
+        if method not in ("profile", "linear"):
+            raise ValueError(f"`method` must be 'profile' or 'linear', got {method!r}.")
+        context = self._known()
+        u = self.uncertainty(sandwich=None if method == "linear" else False)
+        dof = 1e15 if context.absolute_sigma else u.dof
+        quantile = float(stdtrit(dof, 0.5 + 0.5 * level)) if dof > 0 else math.inf
+        x = to_numpy(self.x).astype(float)
+        if method == "linear" or not math.isfinite(quantile):
+            half = quantile * u.stderr
+            return np.stack([x - half, x + half], axis=1)
+        return np.array(
+            [
+                _uncertainty.profile_interval(
+                    self._cost_at, x, self.cost, u, j, quantile, context.lb[j], context.ub[j]
+                )
+                for j in range(x.shape[0])
+            ]
+        )
+
+    def summary(self, *, correlation: float = 0.9) -> str:
+        """A report: parameters with standard errors, fit quality, correlations, why it stopped.
+
+        Parameters
+        ----------
+        correlation : float, optional
+            Correlations at least this large in absolute value are listed.
+
+        Returns
+        -------
+        str
+            Lines of text; ``print(result)`` shows the same.
+        """
+        from ._report import report
+
+        return report(self, correlation)
+
+    def __str__(self) -> str:
+        if self.get("x") is None or self._context is None:
+            return str(super().__repr__())
+        return self.summary()
+
+    def _known(self) -> Context:
+        context: Context | None = self._context
+        if context is None:
+            raise ValueError("This result does not know its fit any more: it was unpickled.")
+        return context
+
+    def _cost_at(self, j: int, value: float, start: np.ndarray) -> tuple[float, np.ndarray]:
+        """Cost and parameters of the fit with parameter j held at a value."""
+        context = self._known()
+        if context.refit is None:
+            raise ValueError("Profile intervals need the residual function, which is not known.")
+        fixed = context.held.copy()
+        fixed[j] = True
+        x = np.clip(start, context.lb, context.ub)
+        x[j] = value
+        return context.refit(x, fixed)  # type: ignore[no-any-return]
+
+    def _curvature(self) -> Curvature:
+        """Rows, weights and counts at the solution, on the host."""
+        context = self._known()
+        J, gram = self.jac, context.gram
+        if J is None and gram is None:
+            raise ValueError("The result has no Jacobian: the covariance is not known.")
+        if J is not None and hasattr(J, "rmatvec") and not hasattr(J, "tocsr"):
+            J = J @ np.eye(J.shape[1])
+        if J is not None and not hasattr(J, "tocsr"):
+            J = to_numpy(J)
+        scores = raw = None
+        if context.loss is not None and self.fun is not None and J is not None:
+            w, r_w = context.loss.weights(context.xp, self.fun)
+            w, r_w = to_numpy(w), to_numpy(r_w)
+            raw, scores = J, w * r_w
+            J = J.multiply(w[:, None]) if hasattr(J, "tocsr") else J * w[:, None]
+        return Curvature(
+            rows=J.tocsr() if hasattr(J, "tocsr") else J,
+            gram=None if gram is None else to_numpy(gram),
+            m=context.m,
+            cost=self.cost,
+            held=context.held,
+            scores=scores,
+            raw_rows=raw,
+        )

@@ -1,0 +1,174 @@
+"""Subproblems of sparse Jacobians and of operators, on SciPy.
+
+A sparse J is served by a sparse factorisation of the scaled normal matrix where that stays sparse
+(a row with k entries puts k^2 into J'J: the sum over rows is known beforehand), else by LSMR on the
+rows. An operator is only multiplied with, and its step is found by conjugate gradients that stop at
+the edge of the trust region (T. Steihaug 1983, "The conjugate gradient method and trust regions in
+large scale optimization").
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ._linalg import LinAlgError
+from ._subproblem import Subproblem
+
+#: J'J is formed while it is estimated to hold at most this many entries.
+DIRECT_ENTRIES = 30_000_000
+#: Relative residual at which conjugate gradients stop: J. Nocedal, S. Wright (2006), eq. 7.3, with
+#: a floor that lets a polish reach full accuracy.
+FORCING, FINEST = 0.1, 1e-12
+
+
+def sparse_subproblem(
+    J: Any, r: np.ndarray, weights: np.ndarray | None, solver: Any = None
+) -> Subproblem:
+    """Subproblem of a sparse J (m, n): a factorisation where it pays, else conjugate gradients."""
+    from scipy.sparse import csr_array, diags_array
+
+    A = csr_array(J)
+    if A.dtype != r.dtype:
+        A = A.astype(r.dtype)
+    if weights is not None:
+        A = diags_array(weights) @ A
+    fill = float(np.sum(np.diff(A.indptr).astype(float) ** 2))
+    if solver == "lsmr" or (solver is None and fill > DIRECT_ENTRIES):
+        return OperatorSubproblem(A, r, np.sqrt(np.asarray(A.multiply(A).sum(axis=0)).ravel()))
+    return SparseNormalEquations(A, r)
+
+
+def operator_subproblem(
+    J: Any, r: np.ndarray, weights: np.ndarray | None, solver: Any = None
+) -> Subproblem:
+    """Subproblem of a LinearOperator J (m, n)."""
+    from scipy.sparse.linalg import LinearOperator, aslinearoperator
+
+    A = aslinearoperator(J)
+    if weights is not None:
+        w = weights
+        A = LinearOperator(
+            A.shape,
+            matvec=lambda p, A=A: w * A.matvec(p).ravel(),
+            rmatvec=lambda z, A=A: A.rmatvec(w * z).ravel(),
+            dtype=r.dtype,
+        )
+    return OperatorSubproblem(A, r, None)
+
+
+class SparseNormalEquations:
+    """Subproblem by a sparse LU of the scaled, damped normal matrix, ordered to stay sparse."""
+
+    def __init__(self, A: Any, r: np.ndarray) -> None:
+        from scipy.sparse import csc_array
+
+        self._A, self._r = A, r
+        self.grad = A.T @ r
+        self._gram = csc_array(A.T @ A)
+        self.norms = np.sqrt(self._gram.diagonal())
+        self.escalated = False
+        self.pivot = 0.0
+        self._factor: Any = None
+
+    def solve(self, mu: float, d: np.ndarray, start: np.ndarray | None = None) -> np.ndarray:
+        """Step p (n,); see Subproblem."""
+        from scipy.sparse import diags_array
+        from scipy.sparse.linalg import splu
+
+        D = diags_array(d)
+        held = (d == 0).astype(d.dtype)
+        M = (D @ self._gram @ D + diags_array(held + mu)).tocsc()
+        try:
+            # A symmetric ordering with pivots kept on the diagonal: SuperLU as a Cholesky.
+            self._factor = splu(
+                M,
+                permc_spec="MMD_AT_PLUS_A",
+                diag_pivot_thresh=0.0,
+                options={"SymmetricMode": True},
+            )
+        except RuntimeError as error:  # SuperLU's word for an exactly singular matrix
+            raise LinAlgError(str(error)) from error
+        pivots = self._factor.U.diagonal()
+        self.pivot = float(pivots.min())
+        if not self.pivot > np.finfo(d.dtype).eps:
+            raise LinAlgError("the sparse normal equations are not positive definite")
+        grad = self.grad if start is None else self.grad + self._gram @ start
+        return -d * self._factor.solve(d * grad)
+
+    def secular(self, p: np.ndarray, d: np.ndarray) -> float:
+        """``q' (A + mu I)^-1 q`` for the step p of the last solve."""
+        q = np.divide(p, d, out=np.zeros_like(p), where=d != 0)
+        return float(q @ self._factor.solve(q))
+
+    def reduction(self, p: np.ndarray) -> float:
+        """Model decrease; see Subproblem."""
+        Jp = self._A @ p
+        return -float(self._r @ Jp + 0.5 * (Jp @ Jp))
+
+
+class OperatorSubproblem:
+    """Subproblem of anything with products A p and A' z, by truncated conjugate gradients."""
+
+    def __init__(self, A: Any, r: np.ndarray, norms: np.ndarray | None) -> None:
+        self._A, self._r = A, r
+        self._At = A.T if hasattr(A, "tocsr") else A.H
+        self.grad = np.asarray(self._At @ r).ravel()
+        self.norms = norms
+        self.escalated = False
+        self.iterations = 0
+
+    def truncated(
+        self, radius: float, d: np.ndarray, start: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Step p (n,) with |p / d| <= radius: CG on the normal equations, cut at the radius."""
+        return d * self._conjugate_gradients(0.0, radius, d, start)
+
+    def solve(self, mu: float, d: np.ndarray, start: np.ndarray | None = None) -> np.ndarray:
+        """Step p (n,); see Subproblem."""
+        return d * self._conjugate_gradients(mu, np.inf, d, start)
+
+    def reduction(self, p: np.ndarray) -> float:
+        """Model decrease; see Subproblem."""
+        Jp = np.asarray(self._A @ p).ravel()
+        return -float(self._r @ Jp + 0.5 * (Jp @ Jp))
+
+    def _conjugate_gradients(
+        self, mu: float, radius: float, d: np.ndarray, start: np.ndarray | None
+    ) -> np.ndarray:
+        """q (n,) by CGLS (Bjorck 1996, "Numerical Methods for Least Squares Problems", 7.4)."""
+        z = self._r if start is None else self._r + np.asarray(self._A @ start).ravel()
+        z = -z
+        s = d * np.asarray(self._At @ z).ravel()
+        q, v = np.zeros_like(s), s.copy()
+        gamma = first = float(s @ s)
+        if first == 0.0 or not np.isfinite(first):
+            return q
+        rnorm2 = float(z @ z)
+        tolerance = max(FINEST, min(FORCING, np.sqrt(first / rnorm2) if rnorm2 else 0.0) ** 2)
+        for self.iterations in range(1, 2 * q.shape[0] + 20):
+            w = np.asarray(self._A @ (d * v)).ravel()
+            curvature = float(w @ w) + mu * float(v @ v)
+            if curvature <= 0.0:
+                break
+            alpha = gamma / curvature
+            longer = q + alpha * v
+            if float(longer @ longer) >= radius * radius:
+                return q + _to_boundary(q, v, radius) * v
+            q = longer
+            z = z - alpha * w
+            s = d * np.asarray(self._At @ z).ravel() - mu * q
+            new = float(s @ s)
+            if new <= tolerance**2 * first:
+                break
+            v = s + (new / gamma) * v
+            gamma = new
+        return q
+
+
+def _to_boundary(q: np.ndarray, v: np.ndarray, radius: float) -> float:
+    """The positive t with |q + t v| = radius."""
+    a, b, c = float(v @ v), float(q @ v), float(q @ q) - radius * radius
+    root = np.sqrt(max(b * b - a * c, 0.0))
+    return float(-c / (b + root)) if b > 0 else float((root - b) / a)
