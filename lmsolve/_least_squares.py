@@ -305,8 +305,7 @@ class _Fit:
         if not callable(o.jac) and o.jac is not True:
             if isinstance(o.jac, bool) or not isinstance(o.jac, str):
                 raise ValueError(
-                    "`jac` must be '2-point', '3-point', 'cs', True or a callable, got "
-                    f"{o.jac!r}."
+                    f"`jac` must be '2-point', '3-point', 'cs', True or a callable, got {o.jac!r}."
                 )
             _validate.one_of(o.jac, "jac", _validate.DIFFERENCES)
         fun = UserFunction(self.fun, args, kwargs or {}, "fun")
@@ -653,9 +652,7 @@ class _workers:
             if workers is not None:
                 raise TypeError("`workers` must be an int or map-like, got a bool.")
         elif not callable(workers) and not isinstance(workers, int | np.integer):
-            raise TypeError(
-                f"`workers` must be an int or map-like, got {type(workers).__name__}."
-            )
+            raise TypeError(f"`workers` must be an int or map-like, got {type(workers).__name__}.")
         elif not callable(workers) and (workers == 0 or workers < -1):
             raise ValueError(f"`workers` must be -1 or a positive integer, got {workers}.")
 

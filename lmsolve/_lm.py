@@ -324,9 +324,7 @@ class LevenbergMarquardt:
         except LinAlgError:
             return None
 
-    def _differences_show(
-        self, xp: Namespace, state: LMState, error: float, rnorm: float
-    ) -> bool:
+    def _differences_show(self, xp: Namespace, state: LMState, error: float, rnorm: float) -> bool:
         """Whether an error in J may move a parameter by more than DIFFERENCE_ERROR of itself.
 
         To first order x moves by ``(J'J)^-1 dJ'r``, at most ``error |r| / pivot`` in scaled space.

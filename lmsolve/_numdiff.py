@@ -54,7 +54,9 @@ class Differences:
         """Signed steps (n,) and a mask (n,) of columns that must be one-sided at a bound."""
         one_sided = np.zeros(x.shape, dtype=bool)
         if self.kind == "cs":
-            return np.full(x.shape, 1e-20, dtype=x.dtype), one_sided  # any tiny step is exact: nothing is subtracted
+            return np.full(
+                x.shape, 1e-20, dtype=x.dtype
+            ), one_sided  # any tiny step is exact: nothing is subtracted
         power = 0.5 if self.kind == "2-point" else 1.0 / 3.0
         size = np.maximum(np.abs(x), FLOOR * self.typical)
         if self.rel_step is None:

@@ -389,6 +389,4 @@ def as_jacobian(J: Any, dtype: Any) -> Any:
 
 def wrong_shape(actual: Any, expected: tuple[int, int], where: str = "") -> ValueError:
     """The error for a Jacobian of the wrong shape."""
-    return ValueError(
-        f"`jac` must return shape (m, n) = {expected}{where}, got {tuple(actual)}."
-    )
+    return ValueError(f"`jac` must return shape (m, n) = {expected}{where}, got {tuple(actual)}.")

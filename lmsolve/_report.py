@@ -56,7 +56,9 @@ def _table(names: Any, x: np.ndarray, u: Any, active: np.ndarray, context: Any) 
         stderr = float(u.stderr[j])
         if u.held[j]:
             at_bound = active[j] and context.lb[j] < context.ub[j]
-            note = ("at lower bound" if active[j] < 0 else "at upper bound") if at_bound else "fixed"
+            note = (
+                ("at lower bound" if active[j] < 0 else "at upper bound") if at_bound else "fixed"
+            )
             rows.append(f"  {names[j]:<{width}} {x[j]:>16.9g} {note:>14}")
             continue
         relative = f"{100 * stderr / abs(x[j]):.3g} %" if x[j] and math.isfinite(stderr) else ""
@@ -75,9 +77,7 @@ def _correlations(names: Any, correlation: np.ndarray, threshold: float) -> list
         return []
     order = large[np.argsort(-np.abs(c[large]), kind="stable")]
     lines = ["", f"  correlations of at least {threshold:g}"]
-    lines += [
-        f"  {names[i[k]]}, {names[j[k]]}: {c[k]:+.4f}" for k in order[:CORRELATIONS]
-    ]
+    lines += [f"  {names[i[k]]}, {names[j[k]]}: {c[k]:+.4f}" for k in order[:CORRELATIONS]]
     if order.size > CORRELATIONS:
         lines.append(f"  ... and {order.size - CORRELATIONS} more")
     return lines

@@ -116,9 +116,7 @@ def _rescaled(last: Step, radius: float) -> Step:
     return Step(last.p * (radius / last.length), radius, last.mu)
 
 
-def _newton(
-    sub: Subproblem, last: Step, previous: Step | None, radius: float, d: Array
-) -> float:
+def _newton(sub: Subproblem, last: Step, previous: Step | None, radius: float, d: Array) -> float:
     """Next damping from the linear model of 1/|q|."""
     if hasattr(sub, "secular"):
         slope = to_floats(sub.secular(last.p, d))[0]
@@ -148,16 +146,12 @@ def bounded_step(
     return s
 
 
-def _cut(
-    xp: Namespace, point: Any, box: Box, x: Array, damping: Damping, epsilon: float
-) -> Step:
+def _cut(xp: Namespace, point: Any, box: Box, x: Array, damping: Damping, epsilon: float) -> Step:
     """Step whose parameters stop at their bounds; every pass stops at least one more."""
     d, start = point.d, None
     free = d > 0
     for _ in range(CUTS):
-        s = step(
-            xp, point.subproblem, d, point.D, damping.radius, damping.mu, epsilon, start
-        )
+        s = step(xp, point.subproblem, d, point.D, damping.radius, damping.mu, epsilon, start)
         p = s.p if start is None else s.p + start
         leaves = box.outside(x + p) & free
         if not bool(xp.any(leaves)):

@@ -51,7 +51,9 @@ def parameters(x0: Any, name: str = "x0") -> Array:
 
 def _numpy_parameters(x0: Any, name: str) -> np.ndarray:
     if isinstance(x0, np.ma.MaskedArray) and np.ma.is_masked(x0):
-        raise ValueError(f"`{name}` must not be masked, got {np.ma.count_masked(x0)} masked values.")
+        raise ValueError(
+            f"`{name}` must not be masked, got {np.ma.count_masked(x0)} masked values."
+        )
     try:
         x = np.atleast_1d(np.asarray(x0))
     except ValueError as error:
@@ -76,9 +78,7 @@ def _foreign_parameters(x0: Any, name: str) -> Array:
     return xp.reshape(x, (1,)) if x.ndim == 0 else xp.asarray(x, copy=True)
 
 
-def tolerances(
-    ftol: Any, xtol: Any, gtol: Any, precision: float
-) -> tuple[float, float, float]:
+def tolerances(ftol: Any, xtol: Any, gtol: Any, precision: float) -> tuple[float, float, float]:
     """Tolerances as floats, None as 0, and none finer than what the precision can resolve."""
     values = []
     for name, tol in (("ftol", ftol), ("xtol", xtol), ("gtol", gtol)):
@@ -120,9 +120,7 @@ def scales(x_scale: Any, x: Array) -> Array | None:
     if not (np.all(np.isfinite(a)) and np.all(a > 0)):
         raise ValueError(f"{rule}, got {a}.")
     if a.ndim and a.shape != tuple(x.shape):
-        raise ValueError(
-            f"`x_scale` must have the shape of `x0`, {tuple(x.shape)}, got {a.shape}."
-        )
+        raise ValueError(f"`x_scale` must have the shape of `x0`, {tuple(x.shape)}, got {a.shape}.")
     return convert(np.broadcast_to(a, tuple(x.shape)), x)
 
 
@@ -158,9 +156,7 @@ def host_bounds(bounds: Any, n: int) -> tuple[np.ndarray, np.ndarray]:
     lb, ub = ends
     if np.any(lb > ub):
         j = int(np.argmax(lb > ub))
-        raise ValueError(
-            f"`bounds` must have lb <= ub, got {lb[j]} > {ub[j]} for parameter {j}."
-        )
+        raise ValueError(f"`bounds` must have lb <= ub, got {lb[j]} > {ub[j]} for parameter {j}.")
     return lb, ub
 
 
@@ -265,6 +261,5 @@ def finite_residuals(r: Array) -> None:
     bad = np.flatnonzero(~np.isfinite(to_numpy(r)))
     shown = ", ".join(str(i) for i in bad[:5]) + (", ..." if bad.size > 5 else "")
     raise ValueError(
-        f"Residuals must be finite at `x0`: {bad.size} of {r.shape[0]} are not "
-        f"(indices {shown})."
+        f"Residuals must be finite at `x0`: {bad.size} of {r.shape[0]} are not (indices {shown})."
     )
