@@ -47,7 +47,7 @@ PLANNED = {
 # Optional parts, each a folder: its files import one another (without cycles, as everywhere) and
 # these. Nothing above imports one of them at the top of a file.
 FOLDERS: dict[str, set[str]] = {
-    "torch": {"torch", "array_api_compat", "__init__"} | CORE,
+    "torch": {"torch", "tqdm", "array_api_compat", "__init__"} | CORE,
     "legate": {"legate", "cupynumeric", "torch", "__init__"} | CORE,
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))

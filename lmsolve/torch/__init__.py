@@ -1,0 +1,1 @@
+"""Networks as least-squares problems, on torch."""

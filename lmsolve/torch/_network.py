@@ -1,0 +1,82 @@
+"""A module, its parameter layout and its objective: rows of residuals over blocks of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from ._losses import Judged, Objective
+from ._params import Parameters, fixed_random, frozen_statistics
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples: pytrees of tensors with one common leading axis, and a weight for each sample.
+
+    `start` is the place of the first sample in the batch that this one was cut from: a dropout
+    mask is drawn anew for every block, from the step's seed and that place.
+    """
+
+    inputs: Any
+    targets: Any
+    weights: Tensor | None
+    size: int
+    start: int = 0
+
+    def block(self, lo: int, hi: int) -> Batch:
+        """Samples lo to hi."""
+        if lo == 0 and hi >= self.size:
+            return self
+        hi = min(hi, self.size)
+        cut = lambda a: a[lo:hi] if isinstance(a, Tensor) else a  # noqa: E731  (two uses below)
+        return Batch(
+            pytree.tree_map(cut, self.inputs),
+            pytree.tree_map(cut, self.targets),
+            None if self.weights is None else self.weights[lo:hi],
+            hi - lo,
+            self.start + lo,
+        )
+
+    def blocks(self, samples: int) -> Iterator[Batch]:
+        """Consecutive blocks of at most `samples` samples."""
+        for lo in range(0, self.size, samples):
+            yield self.block(lo, lo + samples)
+
+
+@dataclass(frozen=True)
+class Network:
+    """What is evaluated. Holds no state of a fit; the parameters come with every call."""
+
+    module: nn.Module
+    parameters: Parameters
+    objective: Objective
+
+    def judge(
+        self, tensors: Mapping[str, Tensor], batch: Batch, scale: float, seed: int | None = None
+    ) -> Judged:
+        """Rows (B, k), differentiable, and costs (B,) of a block at the given parameters."""
+        args = batch.inputs if isinstance(batch.inputs, tuple) else (batch.inputs,)
+        device = self.parameters.device
+        mask = None if seed is None else (seed + 7919 * batch.start) % 2**63
+        # Grad mode on: a forward pass may differentiate in its inputs. It records nothing more.
+        with torch.enable_grad(), frozen_statistics(self.module), fixed_random(mask, device):
+            output = functional_call(self.module, dict(tensors), args)
+            judged = self.objective(output, batch.targets, batch.size, batch.weights)
+        if scale == 1.0:
+            return judged
+        return Judged(judged.rows * scale**0.5, judged.cost * scale)
+
+    def rows_of_sample(
+        self, tensors: Mapping[str, Tensor], sample: Any, scale: float, seed: int | None = None
+    ) -> Tensor:
+        """Rows (k,) of one sample (inputs, targets, weight) without a batch axis, for `vmap`."""
+        inputs, targets, weight = pytree.tree_map(
+            lambda a: a[None] if isinstance(a, Tensor) else a, sample
+        )
+        return self.judge(tensors, Batch(inputs, targets, weight, 1), scale, seed).rows[0]

@@ -1,0 +1,105 @@
+"""Products with J and J' that never form a row: from the factors of a pass, or by autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.func import jvp
+
+from ._factors import Pass
+from ._jacobian import Point
+from ._network import Batch, Network
+from ._params import flat, quiet_transforms
+
+
+@dataclass(frozen=True)
+class FactorProducts:
+    """Products with the rows of a pass that holds the whole batch."""
+
+    found: Pass
+    offsets: tuple[int, ...]
+
+    def transposed(self, z: Tensor) -> Tensor:
+        """J'z (n,) in the dtype of the factors."""
+        z = z.to(self.found.rows.dtype).reshape(self.found.rows.shape)
+        parts = []
+        for index, uses in enumerate(self.found.factors):
+            part = z.new_zeros(self.offsets[index + 1] - self.offsets[index])
+            for use in uses:
+                part += use.transposed_product(z)
+            parts.append(part)
+        return torch.cat(parts)
+
+    def product(self, p: Tensor) -> Tensor:
+        """J p (m,)."""
+        p = p.to(self.found.rows.dtype)
+        image = torch.zeros_like(self.found.rows)
+        for index, uses in enumerate(self.found.factors):
+            for use in uses:
+                image += use.product(p[self.offsets[index] : self.offsets[index + 1]])
+        return image.reshape(-1)
+
+
+@dataclass
+class GraphProducts:
+    """Products by reverse mode, and by forward mode where the model has it."""
+
+    network: Network
+    batch: Batch
+    point: Point
+    samples: int  # in a block
+    _forward_mode: bool = field(default=True)
+
+    def transposed(self, z: Tensor) -> Tensor:
+        """J'z (n,)."""
+        total = torch.zeros(self.network.parameters.n, dtype=z.dtype, device=z.device)
+        done = 0
+        for block in self.batch.blocks(self.samples):
+            leaves = {k: t.detach().requires_grad_() for k, t in self.point.tensors.items()}
+            rows = self._rows(leaves, block)
+            part = z[done : done + rows.numel()].to(rows.dtype).reshape(rows.shape)
+            done += rows.numel()
+            grads = torch.autograd.grad(rows, list(leaves.values()), part, allow_unused=True)
+            total += flat(grads, list(leaves.values()))
+        return total
+
+    def product(self, p: Tensor) -> Tensor:
+        """J p (m,)."""
+        direction = self.network.parameters.unpack(p)
+        parts = []
+        for block in self.batch.blocks(self.samples):
+            if self._forward_mode:
+                try:
+                    with quiet_transforms():
+                        image = jvp(
+                            partial(self._rows, block=block),
+                            (dict(self.point.tensors),),
+                            (direction,),
+                        )[1]
+                    parts.append(image.detach().reshape(-1))
+                    continue
+                except (RuntimeError, NotImplementedError):
+                    self._forward_mode = False
+            parts.append(self._twice_backward(direction, block))
+        return torch.cat(parts).to(p.dtype)
+
+    def _rows(self, tensors: Mapping[str, Tensor], block: Batch) -> Tensor:
+        return self.network.judge(tensors, block, self.point.scale, self.point.seed).rows
+
+    def _twice_backward(self, direction: Mapping[str, Tensor], block: Batch) -> Tensor:
+        """J p as the derivative of J'v in v, along p."""
+        leaves = {k: t.detach().requires_grad_() for k, t in self.point.tensors.items()}
+        rows = self._rows(leaves, block)
+        v = torch.zeros_like(rows, requires_grad=True)
+        grads = torch.autograd.grad(
+            rows, list(leaves.values()), v, create_graph=True, allow_unused=True
+        )
+        along = flat(grads, list(leaves.values())) @ flat(
+            list(direction.values()), list(leaves.values())
+        )
+        (image,) = torch.autograd.grad(along, v)
+        return image.reshape(-1)

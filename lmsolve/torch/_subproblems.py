@@ -1,0 +1,147 @@
+"""Damped steps of networks whose J is too wide, or too large, for the normal equations.
+
+Both answer the question of `lmsolve._subproblem` with J only in products. Scales are one for each
+parameter tensor, not one for each parameter: the Gram matrix of a Linear layer's rows is then a
+product of two small matrices, and it is the size of the layers that differs by orders of magnitude.
+
+A quadratic penalty `1/2 decay |x|^2` joins the damping: with `L = decay + mu / d^2` and
+`c = -decay x / L`, the step is `c + s` where s solves the penalty-free problem at `r + J c` damped
+by L.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Products(Protocol):
+    """J as an operator."""
+
+    def transposed(self, z: Tensor) -> Tensor:
+        """J'z (n,)."""
+        ...
+
+    def product(self, p: Tensor) -> Tensor:
+        """J p (m,)."""
+        ...
+
+
+class Linearised:
+    """What wide and matrix-free problems share: gradient, scales and the model's decrease."""
+
+    escalated: bool = False
+
+    def __init__(
+        self,
+        x: Tensor,
+        r: Tensor,
+        products: Products,
+        tensor_norms: Tensor,
+        offsets: tuple[int, ...],
+        decay: float,
+    ) -> None:
+        self._x, self._r, self._products, self._decay = x, r, products, decay
+        self._sizes = torch.tensor(np.diff(offsets), device=x.device)
+        self._first = torch.tensor(offsets[:-1], device=x.device)
+        self.grad = products.transposed(r).to(x.dtype) + decay * x
+        norms = (tensor_norms.to(x) ** 2 + decay).sqrt()
+        self.norms: Any = torch.repeat_interleave(norms, self._sizes)
+
+    def reduction(self, p: Tensor) -> Tensor:
+        """0-d model decrease by any step p (n,)."""
+        Jp = self._products.product(p).to(torch.float64)
+        p = p.to(torch.float64)
+        return -(self.grad.to(p) @ p + 0.5 * (Jp @ Jp) + 0.5 * self._decay * (p @ p))
+
+
+class WideSubproblem(Linearised):
+    """Dual equations in the m residuals, from a kernel `K = J diag(c) J'`."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        r: Tensor,
+        products: Products,
+        tensor_norms: Tensor,
+        offsets: tuple[int, ...],
+        decay: float,
+        kernel: Callable[[Sequence[float]], Tensor],
+    ) -> None:
+        super().__init__(x, r, products, tensor_norms, offsets, decay)
+        self._kernel = kernel
+        self._cached: tuple[list[float], Tensor] | None = None
+
+    def solve(self, mu: float, d: Tensor, start: Tensor | None = None) -> Tensor:
+        """Step p (n,); LinAlgError where the damped kernel is not positive definite."""
+        if start is not None:
+            raise NotImplementedError("bounds are not for networks")
+        d_h = d[self._first].to(torch.float64).tolist()  # one host read for each distinct d
+        if self._decay == 0.0:
+            z = self._solve_kernel([v * v for v in d_h], mu, self._r)
+            return -(d * d) * self._products.transposed(z).to(d.dtype)
+        c = [1.0 / (self._decay + mu / (v * v)) for v in d_h]
+        wide = torch.repeat_interleave(torch.tensor(c, dtype=d.dtype, device=d.device), self._sizes)
+        shift = -self._decay * self._x * wide
+        r = self._r + self._products.product(shift).to(self._r.dtype)
+        z = self._solve_kernel(c, 1.0, r)
+        return shift - wide * self._products.transposed(z).to(d.dtype)
+
+    def _solve_kernel(self, c: list[float], shift: float, r: Tensor) -> Tensor:
+        """`(K(c) + shift I)^-1 r`."""
+        if self._cached is None or self._cached[0] != c:
+            self._cached = None  # the old kernel goes before the new one comes
+            self._cached = (c, self._kernel(c))
+        A = self._cached[1].clone()
+        A.diagonal().add_(shift)
+        factor, info = torch.linalg.cholesky_ex(
+            A, out=(A, torch.empty((), dtype=torch.int32, device=A.device))
+        )
+        if int(info) != 0:  # a host read
+            raise np.linalg.LinAlgError("the damped dual equations are not positive definite")
+        return torch.cholesky_solve(r.to(A.dtype)[:, None], factor)[:, 0]
+
+
+class MatrixFreeSubproblem(Linearised):
+    """Conjugate gradients on `d J'J d + mu`, stopped when the model hardly gains any more.
+
+    The stop is by the decrease of the quadratic model (Nash and Sofer 1990, "Assessing a search
+    direction within a truncated-Newton method"): iteration i stops when the last decrease is
+    below `tolerance / i` of all so far. Early steps need few products.
+    """
+
+    tolerance = 0.5
+    most = 200
+
+    def solve(self, mu: float, d: Tensor, start: Tensor | None = None) -> Tensor:
+        """Inexact step p (n,)."""
+        if start is not None:
+            raise NotImplementedError("bounds are not for networks")
+        J = self._products
+        b = -(d * self.grad)
+        q = torch.zeros_like(b)
+        residual, direction = b, b
+        rr = float(residual @ residual)  # one host read an iteration: it steers the loop
+        gained = 0.0
+        for i in range(1, self.most + 1):
+            if not rr > 0:
+                break
+            v = d * direction
+            Av = d * (J.transposed(J.product(v)).to(d.dtype) + self._decay * v) + mu * direction
+            curvature = float(direction @ Av)
+            if not curvature > 0:
+                raise np.linalg.LinAlgError("the damped system is not positive definite")
+            step = rr / curvature
+            gain = 0.5 * step * rr
+            q = q + step * direction
+            residual = residual - step * Av
+            gained += gain
+            if i * gain <= self.tolerance * gained and i > 1:
+                break
+            rr, previous = float(residual @ residual), rr
+            direction = residual + (rr / previous) * direction
+        return d * q
