@@ -1,5 +1,7 @@
 """Nonlinear least squares by Levenberg-Marquardt, on one CPU core or many GPUs."""
 
+from ._check_jac import JacobianCheck, check_jac
+from ._curve_fit import CurveFit, curve_fit, leastsq
 from ._least_squares import Iteration, least_squares
 from ._lm import LevenbergMarquardt
 from ._result import LeastSquaresResult
@@ -7,11 +9,16 @@ from ._state import LMState
 from ._uncertainty import Uncertainty
 
 __all__ = [
+    "CurveFit",
     "Iteration",
+    "JacobianCheck",
     "LMState",
     "LeastSquaresResult",
     "LevenbergMarquardt",
     "Uncertainty",
+    "check_jac",
+    "curve_fit",
     "least_squares",
+    "leastsq",
 ]
 __version__ = "0.1.0"
