@@ -53,7 +53,7 @@ MINIMISERS = [
     ("chebyquad_10", [0.9728851, 0.207684, 0.792316, 0.6148844, 0.6148844, 0.3851156, 0.1317983,
      0.8682017, 0.3851156, 0.02711494]),
 ]  # fmt: skip
-# Whole curves or planes of minimisers: the Hessian is singular and only a gradient step is safe.
+# Whole curves or planes of minimisers: the Hessian is singular, so the point itself is tested.
 NOT_ISOLATED = {"biggs_exp6", "brown_almost_linear", "linear_rank_1", "linear_rank_1_zeros"}
 ONES = (
     "rosenbrock", "wood", "extended_rosenbrock", "variably_dimensioned",

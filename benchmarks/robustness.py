@@ -1,0 +1,367 @@
+"""How often is the answer right? NIST's certified sets, and the More-Garbow-Hillstrom problems.
+
+    python benchmarks/robustness.py             # two tables, and results/robustness.json
+    python benchmarks/robustness.py --smoke     # a few problems, nothing written
+    python benchmarks/robustness.py --only scipy
+
+NIST: the smallest log relative error over the parameters, 27 sets from two starts each.
+More-Garbow-Hillstrom: 40 problems from 1, 10 and 100 times the standard start; what counts as
+solved is defined in tests/problems.py, and all solvers get the same residual and Jacobian.
+
+Calls are counted by wrappers: `fun` residuals, less those for finite differences, which are `fd`;
+`jac` Jacobians (by differences: what the solver states, or fd / n where it states nothing).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy
+from scipy.optimize import least_squares as scipy_least_squares
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import lmsolve  # noqa: E402  (after the path, so that a checkout needs no installation)
+from tests import nist, problems  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "robustness.json"
+SMOKE_NIST = ("Misra1a", "BoxBOD", "MGH17")
+SMOKE_PROBLEMS = ("rosenbrock", "bard", "watson_6", "penalty_1_4")
+MAX_NFEV = 10_000  # for SciPy with tight tolerances: convergence is tested, not the budget
+REFUSED = -99  # an exception instead of a result
+MARKS = {"global": "*", "local": "+", "infinity": "~", "no": ".", "exception": "!"}
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A name, `least_squares` of some library, its options, and whether it is given `jac`."""
+
+    name: str
+    least_squares: Callable[..., Any]
+    options: dict[str, Any]
+    exact: bool = True
+
+
+@dataclass(frozen=True)
+class Run:
+    """One fit: its counted calls and what became of it."""
+
+    solver: str
+    problem: str
+    start: int
+    fun: int
+    fd: int
+    jac: int
+    seconds: float
+    status: int
+    success: bool
+    message: str
+    cost: float
+    digits: float = 0.0
+    outcome: str = ""
+
+
+class Counter:
+    """A function that counts its calls."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.calls = 0
+
+    def __call__(self, x: Any) -> Any:
+        self.calls += 1
+        return self.function(x)
+
+
+def tight(tol: float, **options: Any) -> dict[str, Any]:
+    return {"ftol": tol, "xtol": tol, "gtol": tol, "max_nfev": MAX_NFEV, **options}
+
+
+def nist_solvers() -> list[Solver]:
+    rows = []
+    for exact in (False, True):
+        jac = "exact" if exact else "2-point"
+        for method in ("lm", "trf"):
+            name = f"scipy {method}"
+            options = {"method": method}
+            rows.append(Solver(f"{name} {jac}", scipy_least_squares, options, exact))
+            options = tight(1e-15, method=method)
+            rows.append(Solver(f"{name} {jac} 1e-15", scipy_least_squares, options, exact))
+        rows.append(Solver(f"lmsolve {jac}", lmsolve.least_squares, {}, exact))
+    return rows
+
+
+def mgh_solvers() -> list[Solver]:
+    rows = []
+    for method in ("lm", "trf", "dogbox"):
+        for scale in (1.0, "jac"):
+            options = tight(1e-12, method=method, x_scale=scale)
+            rows.append(Solver(f"scipy {method} x_scale={scale}", scipy_least_squares, options))
+    return [*rows, Solver("lmsolve", lmsolve.least_squares, {})]
+
+
+def fit(solver: Solver, problem: Any, name: str, start: int, x0: Any) -> tuple[Run, Any]:
+    """Run one solver on one problem; a refusal (an exception) is a run that failed."""
+    fun, jac = Counter(problem.fun), Counter(problem.jac)
+    options = dict(solver.options, jac=jac) if solver.exact else solver.options
+    x, result, message = x0, None, ""
+    began = time.perf_counter()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # SciPy's own, on overflow
+            result = solver.least_squares(fun, x0.copy(), **options)
+        x, message = result.x, result.message
+    except (ValueError, np.linalg.LinAlgError) as refusal:
+        message = f"{type(refusal).__name__}: {refusal}"
+    seconds = round(time.perf_counter() - began, 6)
+    fd = 0 if solver.exact or result is None else fun.calls - result.nfev
+    by_differences = getattr(result, "njev", None) or fd // x0.shape[0]
+    run = Run(
+        solver=solver.name,
+        problem=name,
+        start=start,
+        fun=fun.calls - fd,
+        fd=fd,
+        jac=jac.calls if solver.exact else by_differences,
+        seconds=seconds,
+        status=int(result.status) if result is not None else REFUSED,
+        success=bool(result.success) if result is not None else False,
+        message=message,
+        cost=_cost(problem.fun(x)) if result is not None else np.inf,
+    )
+    return run, x
+
+
+def _cost(r: Any) -> float:
+    with np.errstate(over="ignore"):
+        return 0.5 * float(np.sum(r**2))
+
+
+def run_nist(solvers: list[Solver], names: tuple[str, ...]) -> list[Run]:
+    runs = []
+    for name in names:
+        problem = nist.load(name)
+        for start in (0, 1):
+            for solver in solvers:
+                run, x = fit(solver, problem, name, start + 1, problem.starts[start])
+                digits = nist.digits(x, problem.certified)
+                runs.append(Run(**{**asdict(run), "digits": digits}))
+    return runs
+
+
+def run_mgh(solvers: list[Solver], names: tuple[str, ...]) -> list[Run]:
+    runs = []
+    for name in names:
+        problem = problems.PROBLEMS[name]
+        for factor in problems.FACTORS:
+            for solver in solvers:
+                run, _ = fit(solver, problem, name, factor, problem.start(factor))
+                found = "exception" if run.status == REFUSED else outcome(problem, run.cost)
+                runs.append(Run(**{**asdict(run), "outcome": found}))
+    return runs
+
+
+def outcome(problem: problems.Problem, cost: float) -> str:
+    if problem.solved(cost, problem.cost_min[:1]):
+        return "global"
+    if problem.solved(cost):
+        return "local"
+    return "infinity" if problem.solved(cost, problem.cost_infinity) else "no"
+
+
+def table(header: list[str], rows: list[list[Any]]) -> str:
+    """Text columns, the first one left-aligned, numbers right-aligned."""
+    cells = [header, *([_cell(value) for value in row] for row in rows)]
+    widths = [max(len(row[k]) for row in cells) for k in range(len(header))]
+    lines = [
+        "  ".join(c.rjust(w) if k else c.ljust(w) for k, (c, w) in enumerate(zip(row, widths)))
+        for row in cells
+    ]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def nist_report(runs: list[Run], solvers: list[Solver]) -> str:
+    """Digits of every run, then the counts, then the price beside SciPy's tight lm."""
+    by_key = {(r.problem, r.start, r.solver): r for r in runs}
+    cases = list(dict.fromkeys((r.problem, r.start) for r in runs))
+    names = [s.name for s in solvers]
+    grid = [
+        [f"{problem} {start}", *(by_key[problem, start, name].digits for name in names)]
+        for problem, start in cases
+    ]
+    lines = [
+        "NIST StRD, digits of the worst parameter (11 are certified)",
+        "\n".join(f"  [{k}] {name}" for k, name in enumerate(names)),
+        table(["set, start", *(f"[{k}]" for k in range(len(names)))], grid),
+        table(
+            ["solver", "runs", ">=4", ">=6", ">=8", ">=9", ">=10", "mean", "worst", "false success",
+             "fun", "fd", "jac"],
+            [_nist_summary([r for r in runs if r.solver == name], name) for name in names],
+        ),
+    ]  # fmt: skip
+    lines += [
+        _price(by_key, cases, f"scipy lm {jac} 1e-15", f"lmsolve {jac}")
+        for jac in ("2-point", "exact")
+    ]
+    return "\n\n".join(line for line in lines if line)
+
+
+def _nist_summary(runs: list[Run], name: str) -> list[Any]:
+    digits = np.array([r.digits for r in runs])
+    reached = [int(np.sum(digits >= d)) for d in (4, 6, 8, 9, 10)]
+    false = sum(r.success and r.digits < 4 for r in runs)
+    return [
+        name,
+        len(runs),
+        *reached,
+        float(digits.mean()),
+        float(digits.min()),
+        false,
+        *_calls(runs),
+    ]
+
+
+def _calls(runs: list[Run]) -> list[int]:
+    return [sum(r.fun for r in runs), sum(r.fd for r in runs), sum(r.jac for r in runs)]
+
+
+def _price(by_key: dict[Any, Run], cases: list[Any], peer: str, ours: str) -> str:
+    """Calls of both over the runs that the peer solves to 6 digits."""
+    if not all((*cases[0], name) in by_key for name in (peer, ours)):
+        return ""
+    solved = [case for case in cases if by_key[(*case, peer)].digits >= 6]
+    rows = [
+        [name, len(solved), *_calls([by_key[(*case, name)] for case in solved])]
+        for name in (peer, ours)
+    ]
+    ratios = [b / a if a else float("nan") for a, b in zip(rows[0][2:], rows[1][2:])]
+    rows.append(["ratio", "", *(f"{ratio:.2f}" for ratio in ratios)])
+    return table([f"where {peer} has 6 digits", "runs", "fun", "fd", "jac"], rows)
+
+
+def mgh_report(runs: list[Run], solvers: list[Solver]) -> str:
+    """Outcome of every run, one mark for each of the three starts, then the counts."""
+    by_key = {(r.problem, r.start, r.solver): r for r in runs}
+    names = [s.name for s in solvers]
+    rows = [
+        [
+            problem,
+            *(
+                "".join(MARKS[by_key[problem, f, name].outcome] for f in problems.FACTORS)
+                for name in names
+            ),
+        ]
+        for problem in dict.fromkeys(r.problem for r in runs)
+    ]
+    legend = ", ".join(f"{mark} {word}" for word, mark in MARKS.items())
+    return "\n\n".join(
+        [
+            "More-Garbow-Hillstrom, from 1, 10 and 100 times the standard start",
+            f"  {legend}",
+            "\n".join(f"  [{k}] {name}" for k, name in enumerate(names)),
+            table(["problem", *(f"[{k}]" for k in range(len(names)))], rows),
+            table(
+                ["solver", "runs", "global", "solved", "+ infinity", "false success", "fun", "jac"],
+                [_mgh_summary([r for r in runs if r.solver == name], name) for name in names],
+            ),
+            _together(by_key, names),
+        ]
+    )
+
+
+def _mgh_summary(runs: list[Run], name: str) -> list[Any]:
+    best, local, away = (
+        sum(r.outcome == word for r in runs) for word in ("global", "local", "infinity")
+    )
+    false = sum(r.success and r.outcome == "no" for r in runs)
+    fun, _, jac = _calls(runs)
+    return [name, len(runs), best, best + local, best + local + away, false, fun, jac]
+
+
+def _together(by_key: dict[Any, Run], names: list[str]) -> str:
+    """What the solvers solve between them, and the calls where all of them do."""
+    cases = list(dict.fromkeys(key[:2] for key in by_key))
+    solved = {
+        case: [name for name in names if by_key[(*case, name)].outcome in ("global", "local")]
+        for case in cases
+    }
+    nobody = [f"{problem} x{factor}" for (problem, factor), who in solved.items() if not who]
+    shared = [case for case, who in solved.items() if len(who) == len(names)]
+    rows = []
+    for name in names:
+        fun, _, jac = _calls([by_key[(*case, name)] for case in shared])
+        rows.append([name, len(shared), fun, jac])
+    return (
+        f"Solved by at least one: {len(cases) - len(nobody)} of {len(cases)}. "
+        f"By none: {', '.join(nobody) or '-'}.\n\n"
+        + table(["where all solve", "runs", "fun", "jac"], rows)
+    )
+
+
+def _raw(nist_runs: list[Run], mgh_runs: list[Run]) -> str:
+    """JSON with one run a line."""
+    parts = [f'"environment": {json.dumps(environment())}']
+    for name, runs in (("nist", nist_runs), ("mgh", mgh_runs)):
+        lines = ",\n".join(json.dumps(asdict(run)) for run in runs)
+        parts.append(f'"{name}": [\n{lines}\n]')
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def environment() -> dict[str, Any]:
+    return {
+        "lmsolve": lmsolve.__version__,
+        "numpy": np.__version__,
+        "scipy": scipy.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "processor": _processor(),
+        "cpus": os.cpu_count(),
+        "blas": np.show_config(mode="dicts")["Build Dependencies"]["blas"]["name"],
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", ""),
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="a few problems, nothing written")
+    parser.add_argument("--only", default="", help="only the solvers with this in their name")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="where the raw JSON goes")
+    args = parser.parse_args()
+    nist_chosen = [s for s in nist_solvers() if args.only in s.name]
+    mgh_chosen = [s for s in mgh_solvers() if args.only in s.name]
+    nist_runs = run_nist(nist_chosen, SMOKE_NIST if args.smoke else nist.NAMES)
+    print(nist_report(nist_runs, nist_chosen), end="\n\n\n")
+    mgh_runs = run_mgh(mgh_chosen, SMOKE_PROBLEMS if args.smoke else tuple(problems.PROBLEMS))
+    print(mgh_report(mgh_runs, mgh_chosen))
+    if not args.smoke:
+        args.output.parent.mkdir(exist_ok=True)
+        args.output.write_text(_raw(nist_runs, mgh_runs))
+        print(f"\nRaw figures: {args.output}")
+
+
+if __name__ == "__main__":
+    main()
