@@ -26,7 +26,7 @@ from ._problem import (
 )
 from ._result import Context, LeastSquaresResult
 from ._state import LMState
-from ._xp import Array, Namespace, array_namespace, eps, is_numpy, to_floats, to_numpy
+from ._xp import Array, Namespace, array_namespace, convert, eps, is_numpy, to_floats, to_numpy
 
 UNBOUNDED = (-np.inf, np.inf)
 
@@ -182,8 +182,8 @@ def least_squares(
 
     Notes
     -----
-    A trial point whose cost is not finite is a rejected step. Exceptions of ``fun`` and ``jac`` pass
-    through. The step is More's trust-region form of Levenberg-Marquardt [1]_ with a polish by
+    A trial point whose cost is not finite is a rejected step. Exceptions of ``fun`` and ``jac``
+    pass through. The step is More's trust-region form of Levenberg-Marquardt [1]_ with a polish by
     Anderson-accelerated Gauss-Newton steps; see ``lmsolve._lm`` for the convergence tests.
 
     References
@@ -318,7 +318,9 @@ class _Fit:
         first = fun.function(
             argument.copy() if type(argument) is np.ndarray else argument, *args, **fun.kwargs
         )
-        jac = partial(_call, o.jac, args, fun.kwargs) if callable(o.jac) else None
+        jac: Callable[[Array], Any] | None = None
+        if callable(o.jac):
+            jac = partial(_call, o.jac, args, fun.kwargs)
         if hasattr(first, "__next__"):
             return self._streamed(fun, jac, loss), None
         r0 = fun.residuals(first, self.x0)
@@ -562,13 +564,13 @@ def _refit(
     fixed: np.ndarray,
 ) -> tuple[float, np.ndarray]:
     """Cost and parameters of the same problem with some parameters held at their start."""
-    box, _, _ = _validate.box((lb, ub), fixed, _validate.convert(start, like))
+    box, _, _ = _validate.box((lb, ub), fixed, convert(start, like))
     if isinstance(problem, Problem) and problem.differences is not None:
         problem = replace(
             problem, differences=replace(problem.differences, held=fixed), _buffer=None
         )
     run = solver.copy(bounds=box)
-    x = _validate.convert(start, like)
+    x = convert(start, like)
     try:
         state = run.init(problem, x)
     except ValueError:
@@ -609,7 +611,10 @@ def _iteration(state: LMState, polishing: bool) -> Iteration:
     )
 
 
-HEADER = f"{'evaluation':>10} {'steps':>6} {'cost':>15} {'gain ratio':>11} {'radius':>10} {'damping':>10}"
+HEADER = (
+    f"{'evaluation':>10} {'steps':>6} {'cost':>15} {'gain ratio':>11} {'radius':>10} "
+    f"{'damping':>10}"
+)
 
 
 def _line(i: Iteration) -> str:
@@ -647,7 +652,8 @@ class _workers:
     """Context in which a problem's differences are evaluated by ``workers``."""
 
     def __init__(self, workers: Any, problem: Any) -> None:
-        self._workers, self._problem, self._pool = workers, problem, None
+        self._workers, self._problem = workers, problem
+        self._pool: Any = None
         if workers is None or isinstance(workers, bool):
             if workers is not None:
                 raise TypeError("`workers` must be an int or map-like, got a bool.")

@@ -101,7 +101,21 @@ class LevenbergMarquardt:
         self.polish = polish
 
     def init(self, problem: LeastSquaresProblem, x0: Array, residual: Any = None) -> LMState:
-        """State at the start x0 (n,); evaluates the residuals there unless they are given.
+        """State at the start; evaluates the residuals there unless they are given.
+
+        Parameters
+        ----------
+        problem : LeastSquaresProblem
+            What is to be minimised.
+        x0 : array, shape (n,)
+            The start, strictly between the bounds if there are any.
+        residual : array, shape (m,), optional
+            The residuals at ``x0``, where the caller has them already.
+
+        Returns
+        -------
+        LMState
+            The state before the first step.
 
         Raises
         ------
@@ -117,6 +131,20 @@ class LevenbergMarquardt:
     def resume(self, problem: LeastSquaresProblem, state: LMState) -> LMState:
         """The state, ready to step on ``problem``: a checkpoint that was loaded, or new data.
 
+        Parameters
+        ----------
+        problem : LeastSquaresProblem
+            The problem of the state, or one with other data and the same parameters.
+        state : LMState
+            Where to go on from.
+
+        Returns
+        -------
+        LMState
+            The state with its residuals, cost and status renewed.
+
+        Notes
+        -----
         Residuals and cost are evaluated anew and not counted: the counters of a resumed run equal
         those of one that was never interrupted. Scale and damping carry over, the cost never does.
         """
@@ -127,20 +155,58 @@ class LevenbergMarquardt:
         return state._replace(cost=cost, point=Point(r), status=None)
 
     def copy(self, *, bounds: Box | None) -> LevenbergMarquardt:
-        """The same solver with other bounds."""
+        """The same solver with other bounds.
+
+        Parameters
+        ----------
+        bounds : Box or None
+            Bounds on the parameters.
+
+        Returns
+        -------
+        LevenbergMarquardt
+            A new solver; this one is unchanged.
+        """
         other = LevenbergMarquardt(bounds=bounds)
         other.ftol, other.xtol, other.gtol = self.ftol, self.xtol, self.gtol
         other.max_nfev, other.x_scale, other.polish = self.max_nfev, self.x_scale, self.polish
         return other
 
     def linearize(self, problem: LeastSquaresProblem, state: LMState) -> LMState:
-        """The state with the linearisation at its x, whatever its status."""
+        """The state with the linearisation at its x, whatever its status.
+
+        Parameters
+        ----------
+        problem : LeastSquaresProblem
+            What is to be minimised.
+        state : LMState
+            A state of that problem.
+
+        Returns
+        -------
+        LMState
+            The state with ``point`` complete.
+        """
         status = state.status
         return self._linearized(problem, state)._replace(status=status)
 
     def step(self, problem: LeastSquaresProblem, state: LMState) -> LMState:
         """The state after one trial, which costs one residual evaluation.
 
+        Parameters
+        ----------
+        problem : LeastSquaresProblem
+            What is to be minimised.
+        state : LMState
+            A state of that problem.
+
+        Returns
+        -------
+        LMState
+            The next state.
+
+        Notes
+        -----
         The problem is linearised first if ``x`` is new. A state whose ``status`` is not None has
         ended; it is then final, with its linearisation in ``point``.
         """

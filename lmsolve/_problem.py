@@ -84,9 +84,8 @@ class UserFunction:
 def _numpy_residuals(r: Any, name: str) -> np.ndarray:
     """``r`` as a NumPy array of numbers."""
     if isinstance(r, np.ma.MaskedArray) and np.ma.is_masked(r):
-        raise ValueError(
-            f"`{name}` must return unmasked residuals, got {int(np.ma.count_masked(r))} masked ones."
-        )
+        masked = int(np.ma.getmaskarray(r).sum())
+        raise ValueError(f"`{name}` must return unmasked residuals, got {masked} masked ones.")
     try:
         a = np.asarray(r)
     except ValueError as error:
@@ -257,7 +256,7 @@ class Problem:
                 f"`jac` must return an array of the library of `x0`, {self.xp.__name__}, "
                 f"got {type(J).__name__}."
             )
-        if len(J.shape) == 1 and shape[1] == 1 or len(J.shape) < 2 and shape[0] == 1:
+        if (len(J.shape) == 1 and shape[1] == 1) or (len(J.shape) < 2 and shape[0] == 1):
             J = self.xp.reshape(J, shape)
         if tuple(J.shape) != shape:
             raise wrong_shape(J.shape, shape)

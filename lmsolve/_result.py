@@ -227,7 +227,7 @@ class LeastSquaresResult(OptimizeResult):  # type: ignore[misc]  # SciPy has no 
         fixed[j] = True
         x = np.clip(start, context.lb, context.ub)
         x[j] = value
-        return context.refit(x, fixed)  # type: ignore[no-any-return]
+        return context.refit(x, fixed)
 
     def _curvature(self) -> Curvature:
         """Rows, weights and counts at the solution, on the host."""

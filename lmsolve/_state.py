@@ -6,15 +6,10 @@ evaluates them anew. A resumed run takes the same steps, to the last bit, as one
 
 from __future__ import annotations
 
-import os
-import tempfile
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from ._damping import Damping
-from ._xp import Array, to_numpy
+from ._xp import Array
 
 
 class LMState(NamedTuple):

@@ -204,7 +204,7 @@ class DualEquations:
         return -d * (d * (self._J.T @ z))
 
     def secular(self, p: Array, d: Array) -> Array:
-        """0-d ``q' (A + mu I)^-1 q``; with ``(K + mu I) z = r`` it is ``(r - mu z)'(K+mu I)^-1 z``."""
+        """0-d ``q' (A + mu I)^-1 q``: with ``(K + mu I) z = r``, ``(r - mu z)'(K + mu I)^-1 z``."""
         if self._refined is not None:
             return self._refined.secular(p, d)
         assert self._last is not None and self._factor is not None

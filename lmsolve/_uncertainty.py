@@ -1,7 +1,7 @@
 """Standard errors, covariance, null directions and profile intervals of a finished fit.
 
-At the solution, with J the Jacobian of the free parameters (m, k) scaled to unit columns, J = J_h D,
-and its singular value decomposition J_h = U S V':
+At the solution, with J the Jacobian of the free parameters (m, k) scaled to unit columns,
+J = J_h D, and its singular value decomposition J_h = U S V':
 
     covariance = s2 D^-1 V S^-2 V' D^-1,      s2 = 2 cost / (m - rank)                     (1)
 

@@ -52,7 +52,7 @@ def parameters(x0: Any, name: str = "x0") -> Array:
 def _numpy_parameters(x0: Any, name: str) -> np.ndarray:
     if isinstance(x0, np.ma.MaskedArray) and np.ma.is_masked(x0):
         raise ValueError(
-            f"`{name}` must not be masked, got {np.ma.count_masked(x0)} masked values."
+            f"`{name}` must not be masked, got {int(np.ma.getmaskarray(x0).sum())} masked values."
         )
     try:
         x = np.atleast_1d(np.asarray(x0))
@@ -101,9 +101,11 @@ def evaluations(max_nfev: Any, n: int) -> int:
     """The limit on residual evaluations."""
     if max_nfev is None:
         return 1000 * (n + 1)
-    if isinstance(max_nfev, bool) or not isinstance(max_nfev, numbers.Real) or not max_nfev >= 1:
+    real = isinstance(max_nfev, numbers.Real) and not isinstance(max_nfev, bool)
+    limit = float(max_nfev) if real else 0.0
+    if not limit >= 1.0:
         raise ValueError(f"`max_nfev` must be None or a positive integer, got {max_nfev!r}.")
-    return int(max_nfev) if math.isfinite(float(max_nfev)) else 2**62
+    return int(limit) if math.isfinite(limit) else 2**62
 
 
 def scales(x_scale: Any, x: Array) -> Array | None:
