@@ -86,7 +86,8 @@ def check_jac(
     Examples
     --------
     >>> from lmsolve import check_jac
-    >>> print(check_jac(lambda x: [x[0] * x[1], x[0]], [2.0, 3.0], lambda x: [[x[1], x[0]], [0, 1]]))
+    >>> jac = lambda x: [[x[1], x[0]], [0, 1]]
+    >>> print(check_jac(lambda x: [x[0] * x[1], x[0]], [2.0, 3.0], jac))
     `jac` is wrong by 0.5 of its column: at row 1, column 1 it gives 1, differences give 0.
     """
     if not callable(jac):
@@ -111,9 +112,7 @@ def check_jac(
     i, j = np.unravel_index(int(np.argmax(difference)), J.shape)
     error = float(difference[i, j])
     ok = error <= rtol
-    where = (
-        f"row {i}, column {j} it gives {J[i, j]:.6g}, differences give {expected[i, j]:.6g}."
-    )
+    where = f"row {i}, column {j} it gives {J[i, j]:.6g}, differences give {expected[i, j]:.6g}."
     text = (
         f"`jac` agrees to {error:.1e} of each column; worst at {where}"
         if ok

@@ -17,7 +17,7 @@ from scipy.optimize import OptimizeWarning
 from . import _validate
 from ._least_squares import UNBOUNDED, least_squares
 from ._result import LeastSquaresResult
-from ._xp import Array, array_namespace, is_array, to_numpy
+from ._xp import Array, array_namespace, convert, is_array, to_numpy
 
 
 class CurveFit(tuple):  # type: ignore[type-arg]
@@ -221,9 +221,7 @@ def _parameter_names(f: Any) -> list[str] | None:
     return [p.name for p in parameters if p.kind in kinds][1:]
 
 
-def _start(
-    p0: Any, names: list[str] | None, bounds: Any, ydata: Any
-) -> tuple[Any, int]:
+def _start(p0: Any, names: list[str] | None, bounds: Any, ydata: Any) -> tuple[Any, int]:
     """p0 and its length."""
     if p0 is not None:
         p0 = p0 if is_array(p0) else np.atleast_1d(np.asarray(p0))
@@ -236,7 +234,7 @@ def _start(
     lb, ub = _validate.host_bounds(bounds, n)
     start = _feasible(lb, ub)
     if is_array(ydata) and not isinstance(ydata, np.ndarray | np.generic):
-        start = _validate.convert(start, ydata)
+        start = convert(start, ydata)
     return start, n
 
 
@@ -257,7 +255,9 @@ def _data(
     if nan_policy == "propagate":
         raise ValueError("`nan_policy='propagate'` is not supported by this function.")
     if nan_policy not in (None, "raise", "omit"):
-        raise ValueError(f"`nan_policy` must be one of {{None, 'raise', 'omit'}}, got {nan_policy!r}.")
+        raise ValueError(
+            f"`nan_policy` must be one of {{None, 'raise', 'omit'}}, got {nan_policy!r}."
+        )
     check = nan_policy is None if check_finite is None else check_finite
     if is_array(ydata) and not isinstance(ydata, np.ndarray | np.generic):
         _finite(ydata, "ydata", check)
@@ -325,7 +325,7 @@ def _whitening(sigma: Any, ydata: Array) -> Any:
     if sigma.size == 1 or sigma.shape == (size,):
         if not (np.isfinite(sigma).all() and (sigma > 0).all()) and np.isnan(sigma).any():
             raise ValueError("`sigma` must not be NaN.")
-        return _Weights(_validate.convert(np.squeeze(sigma) if sigma.size == 1 else sigma, ydata))
+        return _Weights(convert(np.squeeze(sigma) if sigma.size == 1 else sigma, ydata))
     if sigma.shape == (size, size):
         try:
             return _Triangle(np.linalg.cholesky(sigma))
