@@ -2,6 +2,7 @@
 
 from ._check_jac import JacobianCheck, check_jac
 from ._curve_fit import CurveFit, curve_fit, leastsq
+from ._batched import ManyFitsResult, curve_fit_many, least_squares_many
 from ._least_squares import Iteration, least_squares
 from ._lm import LevenbergMarquardt
 from ._result import LeastSquaresResult
@@ -15,10 +16,13 @@ __all__ = [
     "LMState",
     "LeastSquaresResult",
     "LevenbergMarquardt",
+    "ManyFitsResult",
     "Uncertainty",
     "check_jac",
     "curve_fit",
+    "curve_fit_many",
     "least_squares",
+    "least_squares_many",
     "leastsq",
 ]
 __version__ = "0.1.0"
