@@ -1,8 +1,8 @@
 """Nonlinear least squares by Levenberg-Marquardt, on one CPU core or many GPUs."""
 
+from ._batched import ManyFitsResult, curve_fit_many, least_squares_many
 from ._check_jac import JacobianCheck, check_jac
 from ._curve_fit import CurveFit, curve_fit, leastsq
-from ._batched import ManyFitsResult, curve_fit_many, least_squares_many
 from ._least_squares import Iteration, least_squares
 from ._lm import LevenbergMarquardt
 from ._result import LeastSquaresResult

@@ -26,7 +26,19 @@ from ._problem import (
 )
 from ._result import Context, LeastSquaresResult
 from ._state import LMState
-from ._xp import Array, Namespace, array_namespace, convert, eps, is_numpy, to_floats, to_numpy
+from ._tiny import PARAMETERS as TINY
+from ._tiny import Descent
+from ._xp import (
+    Array,
+    Namespace,
+    array_namespace,
+    convert,
+    eps,
+    is_complex,
+    is_numpy,
+    to_floats,
+    to_numpy,
+)
 
 UNBOUNDED = (-np.inf, np.inf)
 
@@ -266,7 +278,7 @@ class _Fit:
         self.names = names
         self.options = options
         self.fun, self.fixed = fun, fixed
-        self.complex_x = bool(self.xp.isdtype(x.dtype, "complex floating"))
+        self.complex_x = is_complex(x)
         self.complex_r = False
         if names is not None and len(names) != x.shape[0]:
             raise ValueError(f"`names` must name {x.shape[0]} parameters, got {len(names)}.")
@@ -324,7 +336,7 @@ class _Fit:
         if hasattr(first, "__next__"):
             return self._streamed(fun, jac, loss), None
         r0 = fun.residuals(first, self.x0)
-        if self.complex_x or self.xp.isdtype(r0.dtype, "complex floating"):
+        if self.complex_x or is_complex(r0):
             self.complex_r = True
             if o.jac == "cs":
                 raise ValueError("`jac` must not be 'cs' where residuals or `x0` are complex.")
@@ -450,6 +462,9 @@ class _Fit:
             if verbose == 2:
                 print(HEADER)
             first_cost = state.cost
+            if resume is None and notify is None and verbose < 2 and self._is_tiny(solver):
+                record = _tiny_record(history)
+                state = Descent(solver, problem, state, record).run()
             while state.status is None:
                 nit, polishing = state.nit, state.fired != 0
                 state = solver.step(problem, state)
@@ -460,8 +475,6 @@ class _Fit:
                     state = state._replace(status=CALLBACK)
             if state.point.subproblem is None:
                 state = solver.linearize(problem, state)
-            if x_scale == "jac" and state.point.subproblem.norms is None:
-                pass
             result = self._result(problem, state, history, solver)
         if verbose:
             print(result.message)
@@ -470,6 +483,22 @@ class _Fit:
                 f"{result.cost:.4e}, first-order optimality {result.optimality:.2e}."
             )
         return result
+
+    def _is_tiny(self, solver: LevenbergMarquardt) -> bool:
+        """Whether the n-sized work is cheaper in Python floats."""
+        p = self.problem
+        return (
+            self.x0.shape[0] <= TINY
+            and solver.x_scale is None
+            and type(p) is Problem
+            and self.box is None
+            and p.loss is None
+            and p.sparsity is None
+            and p.linear_solver is None
+            and self.x0.dtype == np.float64
+            and is_numpy(self.xp)
+            and self.options.workers is None
+        )
 
     def _intermediate(self, state: LMState) -> OptimizeResult:
         x, r = state.x, state.point.residual
@@ -494,8 +523,6 @@ class _Fit:
         sub, x = state.point.subproblem, state.x
         g = sub.grad
         r, J = state.point.residual, getattr(problem, "J", None)
-        if not self.xp.isdtype(getattr(r, "dtype", None) or x.dtype, "real floating"):
-            r = None
         host_x, host_g = to_numpy(x).astype(float), to_numpy(g).astype(float)
         active = np.zeros(x.shape[0], dtype=int)
         if self.box is None:
@@ -615,6 +642,16 @@ HEADER = (
     f"{'evaluation':>10} {'steps':>6} {'cost':>15} {'gain ratio':>11} {'radius':>10} "
     f"{'damping':>10}"
 )
+
+
+def _tiny_record(history: list[Iteration]) -> Callable[..., None]:
+    """What `Descent` reports its trials to."""
+
+    def record(*values: Any) -> None:
+        polishing = values[8] if len(values) > 8 else False
+        history.append(Iteration(*values[:8], polishing, False))
+
+    return record
 
 
 def _line(i: Iteration) -> str:

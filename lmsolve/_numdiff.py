@@ -53,10 +53,8 @@ class Differences:
     def steps(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Signed steps (n,) and a mask (n,) of columns that must be one-sided at a bound."""
         one_sided = np.zeros(x.shape, dtype=bool)
-        if self.kind == "cs":
-            return np.full(
-                x.shape, 1e-20, dtype=x.dtype
-            ), one_sided  # any tiny step is exact: nothing is subtracted
+        if self.kind == "cs":  # any tiny step is exact: nothing is subtracted
+            return np.full(x.shape, 1e-20, dtype=x.dtype), one_sided
         power = 0.5 if self.kind == "2-point" else 1.0 / 3.0
         size = np.maximum(np.abs(x), FLOOR * self.typical)
         if self.rel_step is None:
@@ -67,7 +65,8 @@ class Differences:
             h = np.copysign(h, x)
         # What is representable: (x + h) - x is the step that is really taken.
         h = (x + h) - x
-        h = np.where(h == 0, np.spacing(np.abs(x) + np.finfo(x.dtype).tiny), h)
+        if not h.all():
+            h = np.where(h == 0, np.spacing(np.abs(x) + np.finfo(x.dtype).tiny), h)
         if self.lb is None or self.ub is None:
             return h, one_sided
         return self._inside(x, h)
@@ -103,6 +102,8 @@ def dense(
     columns = diff.free(n)
     if len(columns) < n:
         J[...] = 0
+    if diff.map is map and diff.kind == "2-point":
+        return _forward(evaluate, x, r, h, columns, J)
     if diff.map is map:
         for j in columns:
             _column(diff.kind, evaluate, x, r, j, h[j], bool(one_sided[j]), J[:, j])
@@ -111,6 +112,25 @@ def dense(
     values = iter(list(diff.map(evaluate, points)))
     for j in columns:
         _combine(diff.kind, values, r, x[j], h[j], bool(one_sided[j]), J[:, j])
+    return J
+
+
+def _forward(
+    evaluate: Evaluate,
+    x: np.ndarray,
+    r: np.ndarray,
+    h: np.ndarray,
+    columns: list[int],
+    J: np.ndarray,
+) -> np.ndarray:
+    """One-sided differences into J (m, n), column by column: no copy but J itself."""
+    point, steps, origin = x.copy(), h.tolist(), x.tolist()
+    for j in columns:
+        point[j] = origin[j] + steps[j]
+        column = J[:, j]
+        np.subtract(evaluate(point), r, out=column)
+        column /= steps[j]
+        point[j] = origin[j]
     return J
 
 

@@ -173,6 +173,7 @@ class Problem:
     nfev: int = 0
     njev: int = 0
     _last: Any = None
+    _pending: Any = None
     _buffer: Any = None
 
     def residual(self, x: Array) -> Array:
@@ -195,17 +196,31 @@ class Problem:
             return self.loss.cost(self.xp, r)
         return 0.5 * sum_squares(self.xp, r)
 
-    def linearize(self, x: Array, r: Array) -> Subproblem:
-        """Subproblem at x (n,) with residuals r (m,)."""
+    def jacobian(self, x: Array, r: Array) -> Any:
+        """J at x (n,): array (m, n), sparse, operator, or an iterator over blocks of rows."""
+        if self._pending is not None:
+            J, self._pending = self._pending, None
+            return J
         self.njev += 1
         J = self._differenced(x, r) if self.jac is None else self.jac(x)
         if type(J) is not np.ndarray or J.ndim != 2 or self.J is None or J.dtype != x.dtype:
             if hasattr(J, "__next__"):
-                return self._from_blocks(J, x)
+                return J
             J = self._checked(J, x, r)
         elif J.shape != (r.shape[0], x.shape[0]):
             raise wrong_shape(J.shape, (r.shape[0], x.shape[0]))
         self.J = J
+        return J
+
+    def reuse(self, J: Any) -> None:
+        """Let the next linearisation, at the same x, take this Jacobian instead of a new one."""
+        self._pending = J
+
+    def linearize(self, x: Array, r: Array) -> Subproblem:
+        """Subproblem at x (n,) with residuals r (m,)."""
+        J = self.jacobian(x, r)
+        if hasattr(J, "__next__"):
+            return self._from_blocks(J, x)
         w = None
         if self.loss is not None:
             w, r = self.loss.weights(self.xp, r)

@@ -85,6 +85,8 @@ def gram(xp: Namespace, rows: Rows) -> tuple[Array, Array]:
     """J'J (n, n) and J'r (n,) of weighted rows; a weighted copy exists one block at a time."""
     J, r, w = rows.J, rows.r, rows.weights
     if w is None:
+        if xp is np:
+            return J.T.dot(J), J.T.dot(r)  # dot does not warn on overflow, matmul does
         return xp.matmul(J.T, J), J.T @ r
     m, n = J.shape
     block = max(1024, 2**20 // max(n, 1))

@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ._bounds import Box
 from ._damping import Damping
 from ._linalg import LinAlgError
@@ -35,7 +37,7 @@ class Step(NamedTuple):
 def scaled_norm(xp: Namespace, p: Array, D: Array) -> float:
     """|D p| as a host float."""
     q = p * D
-    return math.sqrt(to_floats(q @ q)[0])
+    return math.sqrt(q.dot(q) if xp is np else to_floats(q @ q)[0])
 
 
 def gauss_newton(

@@ -11,7 +11,7 @@ import numpy as np
 
 from ._bounds import Box
 from ._loss import LOSSES, Loss, UserLoss
-from ._xp import Array, array_namespace, convert, is_array, is_numpy, to_numpy
+from ._xp import Array, all_finite, array_namespace, convert, is_array, is_numpy, to_numpy
 
 METHODS = ("lm", "trf", "dogbox")
 DIFFERENCES = ("2-point", "3-point", "cs")
@@ -38,8 +38,7 @@ def parameters(x0: Any, name: str = "x0") -> Array:
         raise ValueError(f"`{name}` must have at most 1 dimension, got shape {tuple(x.shape)}.")
     if x.shape[0] == 0:
         raise ValueError(f"`{name}` must have at least one element, got none.")
-    xp = array_namespace(x)
-    if not bool(xp.all(xp.isfinite(x))):
+    if not all_finite(x):
         host = to_numpy(x)
         where = np.flatnonzero(~np.isfinite(host))
         raise ValueError(
@@ -80,6 +79,9 @@ def _foreign_parameters(x0: Any, name: str) -> Array:
 
 def tolerances(ftol: Any, xtol: Any, gtol: Any, precision: float) -> tuple[float, float, float]:
     """Tolerances as floats, None as 0, and none finer than what the precision can resolve."""
+    plain = ftol.__class__ is xtol.__class__ is gtol.__class__ is float and precision < 1e-10
+    if plain and min(ftol, xtol, gtol) > 1e-15 and max(ftol, xtol, gtol) < 1.0:
+        return ftol, xtol, gtol
     values = []
     for name, tol in (("ftol", ftol), ("xtol", xtol), ("gtol", gtol)):
         if tol is None:
@@ -202,6 +204,8 @@ def fixed_mask(fixed: Any, n: int) -> np.ndarray:
 
 def loss_function(loss: Any, f_scale: Any) -> Loss | None:
     """The robust loss, or None for the sum of squares."""
+    if f_scale.__class__ is float and f_scale == 1.0 and loss.__class__ is str and loss == "linear":
+        return None
     scale = np.asarray(to_numpy(f_scale) if is_array(f_scale) else f_scale)
     if scale.dtype.kind not in "biuf" or not np.all(np.isfinite(scale)) or not np.all(scale > 0):
         raise ValueError(f"`f_scale` must be positive and finite, got {f_scale!r}.")
@@ -257,8 +261,7 @@ def difference_step(diff_step: Any, n: int) -> np.ndarray | None:
 
 def finite_residuals(r: Array) -> None:
     """ValueError that says which residuals are not finite at x0."""
-    xp = array_namespace(r)
-    if bool(xp.all(xp.isfinite(r))):
+    if all_finite(r):
         return
     bad = np.flatnonzero(~np.isfinite(to_numpy(r)))
     shown = ", ".join(str(i) for i in bad[:5]) + (", ..." if bad.size > 5 else "")

@@ -51,8 +51,8 @@ def is_torch(a: object) -> bool:
 
 def to_floats(*scalars: Array) -> list[float]:
     """Host values of 0-d arrays, in one transfer: the solver's only synchronisation."""
-    if all(isinstance(s, float | np.generic) for s in scalars):
-        return [float(s) for s in scalars]
+    if isinstance(scalars[0], np.generic) or all(isinstance(s, float) for s in scalars):
+        return [float(s) for s in scalars]  # NumPy's 0-d results live on the host
     xp = array_namespace(*[s for s in scalars if not isinstance(s, float)])
     if xp is np:
         return [float(s) for s in scalars]
@@ -95,7 +95,7 @@ def _widest(xp: Namespace) -> Any:
 def sum_squares(xp: Namespace, r: Array) -> Array:
     """0-d ``sum(r**2)``, accumulated in float64."""
     if r.dtype == xp.float64:
-        return r @ r
+        return r.dot(r) if xp is np else r @ r  # dot does not warn on overflow, matmul does
     return xp.sum(xp.astype(r, _widest(xp)) ** 2) if xp is not np else np.sum(r * r, dtype=float)
 
 
@@ -114,6 +114,23 @@ def diagonal(xp: Namespace, A: Array) -> Array:
     return A.diagonal() if xp is np else xp.linalg.diagonal(A)
 
 
+def is_complex(a: Array) -> bool:
+    """Whether an array has a complex dtype."""
+    if type(a) is np.ndarray:
+        return a.dtype.kind == "c"
+    return bool(array_namespace(a).isdtype(a.dtype, "complex floating"))
+
+
+def all_finite(a: Array) -> bool:
+    """Whether every entry is finite; one synchronisation."""
+    if type(a) is np.ndarray:
+        return bool(np.isfinite(a).all())
+    xp = array_namespace(a)
+    return bool(xp.all(xp.isfinite(a)))
+
+
 def eps(xp: Namespace, dtype: Any) -> float:
     """Unit round-off spacing of a real floating dtype."""
+    if dtype == np.float64:
+        return 2.0**-52
     return float(xp.finfo(dtype).eps)

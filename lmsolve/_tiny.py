@@ -1,0 +1,367 @@
+"""The same iteration for a handful of parameters, in Python floats.
+
+A NumPy call costs half a microsecond whatever its length, and one trial of `_lm` makes some forty
+of them; with n = 3 parameters the arithmetic behind them is a few dozen multiplications. Here the
+n-sized work of dense, plain least squares (no bounds, no loss) is done on lists of floats, which
+takes 8 us a trial instead of 60 (n = 3, 100 residuals). Policies and constants are those of `_lm`.
+
+`descend` goes on while nothing unusual happens, and hands the state to the general solver where
+something does: an ill-conditioned or singular system, a NaN, a polish of more than one step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from ._damping import ACCEPT, POOR, Damping, interpolated
+from ._lm import (
+    BOTH,
+    DIFFERENCE_ERROR,
+    FADE,
+    FTOL,
+    GTOL,
+    POLISHED,
+    XTOL,
+    LevenbergMarquardt,
+    Point,
+)
+from ._problem import Problem
+from ._state import LMState
+from ._subproblem import ESCALATE, dense_subproblem
+from ._trust import ITERATIONS
+
+#: Beyond this many parameters LAPACK is faster (measured: the curves cross at n = 7).
+PARAMETERS = 6
+
+Vector = list[float]
+Factor = list[Vector]
+
+
+def cholesky(A: list[Vector], b: Vector, mu: float) -> tuple[Factor, Vector] | None:
+    """Lower factor L of A + mu I, rows of growing length, and y = L^-1 b.
+
+    None if a pivot falls below ESCALATE. Only the lower triangle of A is read.
+    """
+    L: Factor = []
+    y: Vector = []
+    for row, s_b in zip(A, b):
+        Li: Vector = []
+        for Lj, s in zip(L, row):
+            for u, v in zip(Li, Lj):
+                s -= u * v
+            s /= Lj[-1]
+            Li.append(s)
+        s = row[-1] + mu
+        for u, v in zip(Li, y):
+            s -= u * u
+            s_b -= u * v
+        if not s > ESCALATE:
+            return None
+        s = math.sqrt(s)
+        Li.append(s)
+        L.append(Li)
+        y.append(s_b / s)
+    return L, y
+
+
+def back(L: Factor, y: Vector) -> Vector:
+    """Solution of L' q = y."""
+    q = y[:]
+    for i in range(len(y) - 1, -1, -1):
+        Li = L[i]
+        qi = q[i] = q[i] / Li[-1]
+        for j in range(i):
+            q[j] -= Li[j] * qi
+    return q
+
+
+def forward(L: Factor, b: Vector) -> Vector:
+    """Solution of L y = b."""
+    y: Vector = []
+    for Li, s in zip(L, b):
+        for u, v in zip(Li, y):
+            s -= u * v
+        y.append(s / Li[-1])
+    return y
+
+
+def dot(a: Vector, b: Vector) -> float:
+    """Inner product."""
+    s = 0.0
+    for u, v in zip(a, b):
+        s += u * v
+    return s
+
+
+class Trial(NamedTuple):
+    """A step q with its length, damping, slope b'q < 0 of the cost and predicted decrease."""
+
+    q: Vector
+    length: float
+    mu: float
+    slope: float
+    predicted: float
+
+
+def damped(A: list[Vector], b: Vector, radius: float) -> Trial | None:
+    """The step within the radius (see `_trust`); None if the system is ill-conditioned.
+
+    A is the scaled normal matrix, lower triangle, and b the negative scaled gradient.
+    """
+    found = cholesky(A, b, 0.0)
+    if found is None:
+        return None
+    L, y = found
+    q = back(L, y)
+    length, decrease = math.sqrt(dot(q, q)), dot(y, y)
+    if length <= 1.1 * radius:  # undamped: b'q = |y|^2, twice the decrease of the model
+        return Trial(q, length, 0.0, -decrease, 0.5 * decrease)
+    lo, hi, mu = 0.0, math.sqrt(dot(b, b)) / radius, 0.0
+    for _ in range(ITERATIONS):
+        v = forward(L, q)
+        newton = mu + (length / radius - 1.0) * length * length / dot(v, v)
+        if length > radius:
+            lo = max(lo, mu)
+        else:
+            hi = min(hi, mu)
+        mu = min(max(newton, lo), max(hi, lo))
+        found = cholesky(A, b, mu)
+        if found is None:
+            return None
+        L, y = found
+        q = back(L, y)
+        length = math.sqrt(dot(q, q))
+        if abs(length - radius) <= 0.1 * radius:
+            break
+    if length > radius:
+        q = [radius / length * v for v in q]
+        length = radius
+    slope = -dot(b, q)
+    return Trial(q, length, mu, slope, -slope - 0.5 * product(A, q))
+
+
+def product(A: list[Vector], q: Vector) -> float:
+    """q'A q from the lower triangle of A."""
+    s = 0.0
+    for row, qi in zip(A, q):
+        t = -0.5 * row[-1] * qi
+        for u, v in zip(row, q):
+            t += u * v
+        s += qi * t
+    return 2.0 * s
+
+
+class Linearisation:
+    """J'J and J'r at one point, scaled by D, as lists."""
+
+    __slots__ = ("A", "D", "b", "g", "norms", "usable")
+
+    def __init__(self, J: np.ndarray, r: np.ndarray, scale: Vector | None, fade: float) -> None:
+        G = J.T.dot(J).tolist()
+        self.g = J.T.dot(r).tolist()
+        n = len(self.g)
+        self.norms = [math.sqrt(G[i][i]) for i in range(n)]
+        if scale is None:
+            self.D = D = self.norms
+        else:
+            self.D = D = [max(fade * s, v) for s, v in zip(scale, self.norms)]
+        self.usable = min(self.norms) > 0.0 and max(self.norms) < math.inf
+        if self.usable:
+            self.A = [[G[i][j] / (D[i] * D[j]) for j in range(i + 1)] for i in range(n)]
+            self.b = [-gi / Di for gi, Di in zip(self.g, D)]
+
+    def cosine(self, rnorm: float) -> float:
+        """Largest cosine between r and a column of J."""
+        return max(abs(gi) / v for gi, v in zip(self.g, self.norms)) / rnorm if rnorm else 0.0
+
+
+class Descent:
+    """A run in floats, from an unlinearised state to an ended one or to an unusual one."""
+
+    def __init__(
+        self,
+        solver: LevenbergMarquardt,
+        problem: Problem,
+        state: LMState,
+        record: Callable[..., None],
+    ) -> None:
+        self.solver, self.problem, self.record = solver, problem, record
+        self.state = state
+        self.x, self.r, self.cost = state.x, state.point.residual, state.cost
+        self.damping = state.damping
+        self.nfev, self.njev, self.nit = state.nfev, state.njev, state.nit
+        self.fired, self.value, self.limit = state.fired, 0.0, 0.0
+        self.scale = None if state.scale is None else state.scale.tolist()
+        self.polished, self.trail = 0, ()
+
+    def run(self) -> LMState:
+        """The state at which the run ended, or at which the general solver is to go on."""
+
+        problem, solver = self.problem, self.solver
+        while True:
+            J = problem.jacobian(self.x, self.r)
+            if type(J) is not np.ndarray or J.shape[0] < J.shape[1]:
+                problem.reuse(J)
+                return self._state()
+            self.njev += 1
+            lin = Linearisation(J, self.r, self.scale, FADE)
+            if not lin.usable:
+                return self._general(J, lin)
+            self.scale = lin.D
+            if self.damping.radius == 0.0:
+                self._first_radius(lin.D)
+            cosine = lin.cosine(math.sqrt(2.0 * self.cost))
+            if cosine == 0.0:
+                return self._ended(J, lin, GTOL)
+            if cosine <= solver.gtol and not self.fired:
+                self.fired, self.value, self.limit = GTOL, cosine, solver.gtol
+            moved = self._trials(lin) if not self.fired else self._polish(lin)
+            if moved is None:
+                return self._general(J, lin)
+            if not moved:
+                return self._ended(J, lin, self.fired)
+
+    def _first_radius(self, D: Vector) -> None:
+        length = math.sqrt(sum((v * Di) ** 2 for v, Di in zip(self.x.tolist(), D)))
+        self.damping = Damping(length if 0.0 < length < math.inf else 1.0)
+
+    def _trials(self, lin: Linearisation) -> bool | None:
+        """Trials at one x until one is accepted: True; None leaves it to the general solver."""
+        while True:
+            if self.nfev >= self.solver.max_nfev:
+                return None
+            trial = damped(lin.A, lin.b, self.damping.radius)
+            if trial is None:
+                return None
+            q, length, mu, slope, predicted = trial
+            damping = self.damping.first(length) if self.nfev == 1 else self.damping
+            x_new = self.x + np.array([v / Di for v, Di in zip(q, lin.D)])
+            r_new, cost_new = self._evaluate(x_new)
+            actual = self.cost - cost_new if math.isfinite(cost_new) else -math.inf
+            ratio = actual / predicted if predicted > 0 else 0.0
+            shrink = interpolated(actual, slope, self.cost, cost_new) if ratio <= POOR else 1.0
+            self.damping = Damping(damping.radius, mu).updated(ratio, length, shrink)
+            accepted = ratio > ACCEPT
+            old_cost = self.cost
+            if accepted:
+                self.x, self.r, self.cost = x_new, r_new, cost_new
+                self.nit += 1
+            self.record(self.nfev, self.nit, self.cost, accepted, ratio, *self.damping, length)
+            self._tests(lin.D, length, ratio, actual, predicted, old_cost)
+            if accepted:
+                return True
+            if self.fired:
+                return None
+
+    def _evaluate(self, x: np.ndarray) -> tuple[np.ndarray, float]:
+        r = self.problem.residual(x)
+        self.nfev += 1
+        return r, 0.5 * float(r.dot(r))
+
+    def _tests(
+        self,
+        D: Vector,
+        length: float,
+        ratio: float,
+        actual: float,
+        predicted: float,
+        old_cost: float,
+    ) -> None:
+
+        solver = self.solver
+        decrease = max(abs(actual), predicted)
+        flat = decrease <= solver.ftol * old_cost and ratio <= 2.0
+        size = math.sqrt(sum((v * Di) ** 2 for v, Di in zip(self.x.tolist(), D)))
+        reach = solver.xtol * size
+        short = min(length, self.damping.radius)
+        if short <= reach and solver.xtol:
+            self.fired = BOTH if flat else XTOL
+            self.value, self.limit = (short / size if size else 0.0), solver.xtol
+        elif flat:
+            self.fired, self.value, self.limit = FTOL, decrease / old_cost, solver.ftol
+
+    def _polish(self, lin: Linearisation) -> bool | None:
+        """One undamped step: True if taken, False if there is no need, None if unusual."""
+
+        if not self.solver.polish:
+            return False
+        found = cholesky(lin.A, lin.b, 0.0)
+        if found is None:
+            return None
+        L, y = found
+        q = back(L, y)
+        D, x = lin.D, self.x.tolist()
+        rnorm = math.sqrt(2.0 * self.cost)
+        p = [v / Di for v, Di in zip(q, D)]
+        change = max(abs(pj) / (abs(xj) + 1e-4 * rnorm / Dj) for pj, xj, Dj in zip(p, x, D))
+        error = self.problem.derivative_error()
+        if error:
+            pivot = min(row[-1] for row in L) ** 2
+            smallest = min(abs(xj) * Dj for xj, Dj in zip(x, D))
+            if error * rnorm > DIFFERENCE_ERROR * pivot * smallest:
+                return None
+        if change <= max(POLISHED, error, 8.0 * 2.0**-52):
+            return False
+        predicted = 0.5 * dot(y, y)
+        if (
+            self.polished
+            or self.nfev >= self.solver.max_nfev
+            or predicted > self.solver.ftol * self.cost
+        ):
+            return None
+        step = np.array(p)
+        x_new = self.x + step
+        r_new, cost_new = self._evaluate(x_new)
+        size = math.sqrt(sum((xj * Dj) ** 2 for xj, Dj in zip(x, D)))
+        noise = 8.0 * 2.0**-52 * (self.cost + rnorm * size)
+        accepted = cost_new <= self.cost + noise
+        ratio = (self.cost - cost_new) / predicted if predicted > 0 else 1.0
+        if accepted:
+            self.trail = ((self.x, step),)
+            self.x, self.r, self.cost = x_new, r_new, cost_new
+            self.nit += 1
+            self.polished = 1
+        self.record(self.nfev, self.nit, self.cost, accepted, ratio, *self.damping, change, True)
+        self.length = change
+        return accepted
+
+    def _state(self) -> LMState:
+        """The state in the solver's terms, without its linearisation."""
+
+        last = getattr(self, "length", math.inf)
+        return LMState(
+            self.x,
+            self.cost,
+            None if self.scale is None else np.array(self.scale),
+            self.damping,
+            self.nfev,
+            self.njev,
+            self.nit,
+            length=last,
+            fired=self.fired,
+            value=self.value,
+            limit=self.limit,
+            polished=self.polished,
+            trail=self.trail,
+            point=Point(self.r),
+        )
+
+    def _general(self, J: np.ndarray, lin: Linearisation) -> LMState:
+        """The state for the general solver, linearised."""
+
+        state = self._state()
+        if not lin.usable:
+            self.problem.reuse(J)
+            return state._replace(njev=self.njev - 1)  # the general solver counts it again
+        D = np.array(lin.D)
+        return state._replace(
+            point=Point(self.r, dense_subproblem(np, J, self.r), D, 1.0 / D, None)
+        )
+
+    def _ended(self, J: np.ndarray, lin: Linearisation, status: int) -> LMState:
+        state = self._general(J, lin)
+        return state._replace(status=status, limit=self.limit or self.solver.gtol)
