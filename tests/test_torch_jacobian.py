@@ -449,9 +449,9 @@ def test_losses_match_torch_in_value_gradient_and_curvature(name: str) -> None:
     H = torch.autograd.functional.hessian(lambda v: function(v.view(B, 3), y), z)
     exact = J.T @ H @ J
     if name == "huber":  # a majorant: never less than the Hessian
-        assert float(torch.linalg.eigvalsh(sub._gram - exact).min()) > -1e-12
+        assert float(torch.linalg.eigvalsh(sub.gram - exact).min()) > -1e-12
     else:
-        assert torch.allclose(sub._gram, exact, atol=1e-12)
+        assert torch.allclose(sub.gram, exact, atol=1e-12)
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "bce"])
@@ -473,7 +473,7 @@ def test_saturated_outputs_keep_a_finite_exact_gradient(loss: str) -> None:
     function = LOSSES[loss][0]
     (grad,) = torch.autograd.grad(function(out, y), flat)
     assert torch.allclose(sub.grad, grad) and float(grad.abs().max()) > 0.1
-    assert bool(torch.isfinite(sub._gram).all())
+    assert bool(torch.isfinite(sub.gram).all())
 
 
 def test_no_warning_reaches_the_user_while_a_way_is_chosen() -> None:
