@@ -28,10 +28,10 @@ References: Nielsen (1999), "Damping parameter in Marquardt's method", the dampi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
-from ._batched_model import Derivative, Model, device_of, rows_of
+from ._batched_model import Derivative, Model, rows_of
 from ._xp import Array, Namespace, eps, to_floats
 
 RUNNING = -10  # internal: the fit has not ended
@@ -42,7 +42,7 @@ MU_FIRST = 1e-2  # relative to the diagonal of J'J
 # of curves, the one with no failures and within 7 % of the fewest trials on four of them.
 MU_SHRINK, MU_KEEP, MU_DOUBT, MU_GROW = 0.1, 0.5, 2.0, 5.0
 RATIO_ACCEPTED = 1e-4  # More 1978, section 7
-REFILL_BELOW = 0.75  # share of the working set that still runs when it is filled up again
+REFILL_BELOW = 0.85  # share of the working set that still runs when it is filled up again
 
 
 class Limits(NamedTuple):
@@ -56,35 +56,41 @@ class Limits(NamedTuple):
 
 @dataclass(frozen=True)
 class Fits:
-    """State of fits; `axis` is the one that counts them."""
+    """State of fits, which the last axis of every array counts."""
 
-    index: Array = field(metadata={"axis": 0})
-    x: Array = field(metadata={"axis": 1})
-    cost: Array = field(metadata={"axis": 0})
-    gram: Array = field(metadata={"axis": 2})
-    grad: Array = field(metadata={"axis": 1})
-    scale: Array = field(metadata={"axis": 1})
-    d: Array = field(metadata={"axis": 1})
-    mu: Array = field(metadata={"axis": 0})
-    last: Array = field(metadata={"axis": 0})
-    y_size: Array = field(metadata={"axis": 0})
-    status: Array = field(metadata={"axis": 0})
-    nit: Array = field(metadata={"axis": 0})
-    nfev: Array = field(metadata={"axis": 0})
-    njev: Array = field(metadata={"axis": 0})
+    index: Array
+    x: Array
+    cost: Array
+    gram: Array
+    grad: Array
+    scale: Array
+    d: Array
+    mu: Array
+    last: Array
+    rate: Array
+    y_size: Array
+    status: Array
+    nit: Array
+    nfev: Array
+    njev: Array
 
 
-AXES = {k.name: int(k.metadata["axis"]) for k in fields(Fits)}
+NAMES = tuple(k.name for k in fields(Fits))
 
 
 def take(xp: Namespace, fits: Fits, index: Array) -> Fits:
     """The fits at `index`."""
-    return Fits(**{k: xp.take(getattr(fits, k), index, axis=axis) for k, axis in AXES.items()})
+    return Fits(**{k: xp.take(getattr(fits, k), index, axis=-1) for k in NAMES})
+
+
+def between(fits: Fits, start: int, stop: int) -> Fits:
+    """The fits start..stop."""
+    return Fits(**{k: getattr(fits, k)[..., start:stop] for k in NAMES})
 
 
 def join(xp: Namespace, parts: list[Fits]) -> Fits:
     """The fits of all parts, one part after the other."""
-    return Fits(**{k: xp.concat([getattr(p, k) for p in parts], axis=a) for k, a in AXES.items()})
+    return Fits(**{k: xp.concat([getattr(p, k) for p in parts], axis=-1) for k in NAMES})
 
 
 def fresh(xp: Namespace, x: Array, index: Array) -> Fits:
@@ -102,6 +108,7 @@ def fresh(xp: Namespace, x: Array, index: Array) -> Fits:
         d=xp.zeros_like(x),
         mu=zero + MU_FIRST,
         last=zero,
+        rate=zero + 1.0,
         y_size=zero,
         status=none + RUNNING,
         nit=none,
@@ -152,6 +159,18 @@ def invert(xp: Namespace, A: Array) -> tuple[Array, Array]:
     return inverse / ss, least > 4 * n * eps(xp, A.dtype)
 
 
+class Trial(NamedTuple):
+    """A trial: point (n, b); cost, predicted reduction, relative step and, at x, the largest
+    cosine between residuals and free columns of J, and the norm of the residuals (b,)."""
+
+    x: Array
+    cost: Array
+    reduction: Array
+    moved: Array
+    cosine: Array
+    norm_r: Array
+
+
 class Loop:
     """The loop: a model, its derivative, limits, and the width of the working set."""
 
@@ -194,11 +213,7 @@ class Loop:
     def _enter(self, waiting: Fits, start: int, stop: int) -> tuple[Fits, Array, Model]:
         """Fits start..stop of the queue, their model values and their model."""
         xp = self.xp
-        fits = take(
-            xp,
-            waiting,
-            xp.arange(start, stop, dtype=waiting.index.dtype, **device_of(waiting.index)),
-        )
+        fits = between(waiting, start, stop)
         model = self.model.at(xp, fits.index)
         f = model.values(xp, rows_of(fits.x))
         cost = model.cost(xp, model.residual(xp, f))
@@ -213,97 +228,107 @@ class Loop:
 
     def _turn(self, fits: Fits, f: Array, model: Model) -> tuple[Fits, Array, Array]:
         """One linearisation and one trial for every fit: fits, values at the trial, who moved."""
-        xp, x, running = self.xp, fits.x, fits.status == RUNNING
+        xp, running = self.xp, fits.status == RUNNING
         norm_r = xp.sqrt(2 * fits.cost)
         # A parameter at zero has its size from what it does to the model.
-        size = xp.abs(x) + xp.maximum(norm_r, 0.01 * fits.y_size) * fits.d
-        gram, grad = model.normal(xp, f, *self.derivative(xp, model, x, f, size))
+        size = xp.abs(fits.x) + xp.maximum(norm_r, 0.01 * fits.y_size) * fits.d
+        fits = self._linearise(fits, f, model, size, running)
+        slope = fits.grad if model.lower is None else fits.grad * _free(xp, model, fits)
+        x_new, reduction = self._trial(fits, model, slope)
+        f_new = model.values(xp, rows_of(x_new))
+        cost_new = model.cost(xp, model.residual(xp, f_new))
+        trial = Trial(
+            x=x_new,
+            cost=cost_new,
+            reduction=reduction,
+            moved=xp.max(xp.abs(x_new - fits.x) / size, axis=0),
+            cosine=xp.max(xp.abs(slope) * fits.d, axis=0) / norm_r,
+            norm_r=norm_r,
+        )
+        fits, accepted = self._decide(fits, trial, running)
+        return fits, f_new, accepted
+
+    def _linearise(self, fits: Fits, f: Array, model: Model, size: Array, running: Array) -> Fits:
+        """The fits with J'J, J'r and scale at x; those that have ended stay as they are."""
+        xp = self.xp
+        gram, grad = model.normal(xp, f, *self.derivative(xp, model, fits.x, f, size))
         scale = xp.maximum(fits.scale, xp.sqrt(diagonal(xp, gram)))
-        fits = replace(
+        return replace(
             fits,
             gram=xp.where(running, gram, fits.gram),
             grad=xp.where(running, grad, fits.grad),
             scale=xp.where(running, scale, fits.scale),
             d=xp.where(running & (scale > 0), 1 / scale, fits.d),
+            njev=fits.njev + xp.astype(running, fits.njev.dtype),
         )
-        x_new, p, reduction, slope = self._trial(fits, model)
-        f_new = model.values(xp, rows_of(x_new))
-        cost_new = model.cost(xp, model.residual(xp, f_new))
 
-        cosine = xp.max(xp.abs(slope) * fits.d, axis=0)
-        at_minimum = (cosine <= self.limits.gtol * norm_r) | (
-            norm_r <= 8 * eps(xp, x.dtype) * fits.y_size
-        )
-        going = running & ~at_minimum
-        change = fits.cost - cost_new
-        # A step that damping has shortened says nothing about convergence.
-        full = fits.mu <= 1
-        accepted, f_met = self._judge(fits.cost, change, reduction, full)
-        accepted = accepted & going
-        moved = xp.max(xp.abs(p) / size, axis=0)
-        ratio = change / reduction
-        good = accepted & (ratio > 0.25)
-        mu = fits.mu
-        eased = xp.where(ratio > 0.75, MU_SHRINK * mu, MU_KEEP * mu)
-        mu_new = xp.where(accepted, xp.where(good, eased, MU_DOUBT * mu), MU_GROW * mu)
-        turn, trial = [xp.astype(a, fits.nit.dtype) for a in (running, going)]
-        nit = fits.nit + trial
-        status = xp.where(going & (nit >= self.limits.max_nit), 0, fits.status)
-        stuck = going & ~accepted & ~(moved > eps(xp, x.dtype))
-        status = xp.where(stuck, STALLED, status)
-        level = cosine <= eps(xp, x.dtype) ** (1 / 3) * norm_r
-        status = xp.where(stuck & level, 2, status)
-        xtol = self.limits.xtol
-        x_met = full & ((moved <= xtol) | (accepted & (moved * moved <= xtol * fits.last)))
-        status = xp.where(going & x_met, 3, status)
-        status = xp.where(accepted & f_met, 2, status)
-        status = xp.where(accepted & f_met & x_met, 4, status)
-        fits = replace(
-            fits,
-            x=xp.where(accepted, x_new, x),
-            cost=xp.where(accepted, cost_new, fits.cost),
-            mu=xp.where(going, mu_new, mu),
-            last=xp.where(going, xp.where(good, moved, 0.0), fits.last),
-            status=xp.where(running & at_minimum, 1, status),
-            nit=nit,
-            nfev=fits.nfev + trial,
-            njev=fits.njev + turn,
-        )
-        return fits, f_new, accepted
-
-    def _judge(
-        self, cost: Array, change: Array, reduction: Array, full: Array
-    ) -> tuple[Array, Array]:
-        """Whether to accept trials, and whether they meet `ftol` (b,)."""
-        xp, ftol = self.xp, self.limits.ftol
-        small = eps(xp, cost.dtype)
-        size = xp.abs(change)
-        flat = full & (reduction <= 4 * small * cost) & (size <= 16 * small * cost)
-        # NaN fails every comparison, and a negative prediction does not excuse a higher cost.
-        accepted = flat | (change > RATIO_ACCEPTED * xp.abs(reduction))
-        if ftol <= 4 * small:
-            return accepted, flat
-        return accepted, flat | (full & (reduction <= ftol * cost) & (size <= ftol * cost))
-
-    def _trial(self, fits: Fits, model: Model) -> tuple[Array, Array, Array, Array]:
-        """Trial points and steps (n, b), predicted reductions (b,), free gradients (n, b)."""
-        xp, x, gram, grad = self.xp, fits.x, fits.gram, fits.grad
+    def _trial(self, fits: Fits, model: Model, slope: Array) -> tuple[Array, Array]:
+        """Trial points (n, b) and predicted reductions (b,); slope is the free gradient (n, b)."""
+        xp, x, gram = self.xp, fits.x, fits.gram
         # The smallest number keeps a column of zeros, whose step is then 0, from dividing 0 by 0.
         damp = fits.mu * (fits.scale * fits.scale) + float(xp.finfo(x.dtype).smallest_normal)
+        right = -slope[:, None, :]
         if model.lower is None:
-            p = solve_spd(xp, gram, -grad[:, None, :], damp)[0][:, 0, :]
-            return x + p, p, 0.5 * xp.sum(p * (damp * p - grad), axis=0), grad
-        free = _free(xp, model, x, grad)
-        slope = grad * free
-        held = gram * (free[:, None, :] * free[None, :, :])
-        p = solve_spd(xp, held, -slope[:, None, :], damp)[0][:, 0, :]
+            p = solve_spd(xp, gram, right, damp)[0][:, 0, :]
+            return x + p, 0.5 * xp.sum(p * (damp * p - slope), axis=0)
+        free = _free(xp, model, fits)
+        p = solve_spd(xp, gram * (free[:, None, :] * free[None, :, :]), right, damp)[0][:, 0, :]
         x_new = xp.clip(x + p, model.lower, model.upper)
         p = x_new - x
         curved = 0.5 * xp.sum(gram * p[None, :, :], axis=1)
-        return x_new, p, -xp.sum(p * (grad + curved), axis=0), slope
+        return x_new, -xp.sum(p * (fits.grad + curved), axis=0)
+
+    def _decide(self, fits: Fits, trial: Trial, running: Array) -> tuple[Fits, Array]:
+        """The fits after their trials, and which of them moved."""
+        xp, limits = self.xp, self.limits
+        small = eps(xp, fits.cost.dtype)
+        # A perfect fit leaves the rounding errors of the data.
+        perfect = trial.norm_r <= 8 * small * fits.y_size
+        at_minimum = running & ((trial.cosine <= limits.gtol) | perfect)
+        going = running & ~at_minimum
+        change = fits.cost - trial.cost
+        ratio = change / trial.reduction
+        # A step that damping has shortened says nothing about convergence.
+        full = going & (fits.mu <= 1)
+        noise = small * (4 * fits.cost + trial.norm_r * fits.y_size)
+        still = full & (xp.abs(change) <= xp.maximum(4 * noise, limits.ftol * fits.cost))
+        flat = still & (trial.reduction <= noise)
+        # NaN fails every comparison, and a negative prediction does not excuse a higher cost.
+        accepted = flat | (going & (change > RATIO_ACCEPTED * xp.abs(trial.reduction)))
+        good = accepted & (flat | (ratio > 0.25))
+
+        rate = xp.where(fits.last > 0, trial.moved / fits.last, fits.rate)
+        x_met = full & (trial.moved <= limits.xtol)
+        x_met = x_met | (full & accepted & (trial.moved * rate <= limits.xtol))
+        f_met = still & accepted & (trial.reduction <= max(limits.ftol, 4 * small) * fits.cost)
+        nit = fits.nit + xp.astype(going, fits.nit.dtype)
+        status = xp.where(going & (nit >= limits.max_nit), 0, fits.status)
+        stuck = going & ~accepted & ~(trial.moved > small)
+        status = xp.where(stuck, STALLED, status)
+        status = xp.where(f_met | (stuck & (trial.cosine <= small ** (1 / 3))), 2, status)
+        status = xp.where(x_met, 3, status)
+        status = xp.where(x_met & f_met, 4, status)
+        status = xp.where(at_minimum, 1, status)
+
+        mu = fits.mu
+        eased = xp.where(ratio > 0.75, MU_SHRINK * mu, MU_KEEP * mu)
+        mu_new = xp.where(accepted, xp.where(good, eased, MU_DOUBT * mu), MU_GROW * mu)
+        fits = replace(
+            fits,
+            x=xp.where(accepted, trial.x, fits.x),
+            cost=xp.where(accepted, trial.cost, fits.cost),
+            mu=xp.where(going, mu_new, mu),
+            last=xp.where(going, xp.where(good, trial.moved, 0.0), fits.last),
+            rate=xp.where(going, xp.where(good, rate, 1.0), fits.rate),
+            status=status,
+            nit=nit,
+            nfev=fits.nfev + xp.astype(going, fits.nfev.dtype),
+        )
+        return fits, accepted
 
 
-def _free(xp: Namespace, model: Model, x: Array, grad: Array) -> Array:
+def _free(xp: Namespace, model: Model, fits: Fits) -> Array:
     """1.0 (n, b), or 0.0 for a parameter at a bound that its gradient pushes outwards."""
+    x, grad = fits.x, fits.grad
     held = ((x <= model.lower) & (grad > 0)) | ((x >= model.upper) & (grad < 0))
     return xp.astype(~held, x.dtype)
