@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import scipy.optimize
-from scipy.linalg import qr, solve_triangular
+from scipy.linalg import solve_triangular
 from scipy.optimize import OptimizeWarning
 
 from . import _validate
@@ -102,11 +102,9 @@ def curve_fit(
     popt : array, shape (n,)
         Parameters.
     pcov : array, shape (n, n)
-        Their covariance; all infinite, with a warning, where the data leave a direction of the
-        parameters open: ``curve_fit(...).result`` says which.
+        Their covariance; infinite where the data do not determine a parameter.
     infodict : dict
-        ``nfev``, ``fvec``, and ``fjac``, ``ipvt`` and ``qtf``, a pivoted QR factorisation of the
-        Jacobian, with ``full_output``.
+        ``nfev`` and ``fvec``, with ``full_output``.
     mesg : str
         Why it stopped, with ``full_output``.
     ier : int
@@ -149,7 +147,6 @@ def curve_fit(
     start, n = _start(p0, names, bounds, ydata)
     if names is not None and len(names) != n:
         names = None
-    _check_inside(start, bounds, n)
     xdata, ydata, sigma = _data(xdata, ydata, sigma, check_finite, nan_policy)
     whiten = _whitening(sigma, ydata)
     residual = _Residual(f, xdata, ydata, whiten)
@@ -165,7 +162,8 @@ def curve_fit(
     popt: Any = result.x
     values: tuple[Any, ...] = (popt, pcov)
     if full_output:
-        values = (popt, pcov, _info(result), result.message, result.status)
+        info = {"nfev": result.nfev, "fvec": result.fun}
+        values = (popt, pcov, info, result.message, result.status)
     return CurveFit(values, result)
 
 
@@ -223,21 +221,6 @@ def _parameter_names(f: Any) -> list[str] | None:
     return [p.name for p in parameters if p.kind in kinds][1:]
 
 
-def _check_inside(p0: Any, bounds: Any, n: int) -> None:
-    """ValueError, in the words of this front door, unless p0 lies inside the bounds."""
-    host = to_numpy(p0)
-    if bounds is UNBOUNDED or host.dtype.kind not in "biuf" or host.ndim > 1:
-        return  # nothing to check, or another check's business
-    lb, ub = _validate.host_bounds(bounds, n)
-    outside = (host < lb) | (host > ub)
-    if outside.any():
-        j = int(np.argmax(outside))
-        raise ValueError(
-            f"Initial guess is outside of provided bounds: `p0` must lie inside `bounds`, got "
-            f"{np.broadcast_to(host, (n,))[j]} outside [{lb[j]}, {ub[j]}] for parameter {j}."
-        )
-
-
 def _start(p0: Any, names: list[str] | None, bounds: Any, ydata: Any) -> tuple[Any, int]:
     """p0 and its length."""
     if p0 is not None:
@@ -273,7 +256,7 @@ def _data(
         raise ValueError("`nan_policy='propagate'` is not supported by this function.")
     if nan_policy not in (None, "raise", "omit"):
         raise ValueError(
-            f"nan_policy must be one of {{None, 'raise', 'omit'}}, got `nan_policy={nan_policy!r}`."
+            f"`nan_policy` must be one of {{None, 'raise', 'omit'}}, got {nan_policy!r}."
         )
     check = nan_policy is None if check_finite is None else check_finite
     if is_array(ydata) and not isinstance(ydata, np.ndarray | np.generic):
@@ -370,38 +353,21 @@ def _translated(kwargs: dict[str, Any], n: int) -> dict[str, Any]:
     return out
 
 
-def _info(result: LeastSquaresResult) -> dict[str, Any]:
-    """infodict of MINPACK's front doors: counts, residuals and a pivoted QR of the Jacobian."""
-    info = {"nfev": result.nfev, "fvec": result.fun}
-    J = to_numpy(result.jac)
-    Q, R, info["ipvt"] = qr(J, mode="economic", pivoting=True)
-    info["fjac"] = np.zeros((J.shape[1], J.shape[0]), dtype=R.dtype)
-    info["fjac"][:, : R.shape[0]] = R.T
-    info["qtf"] = Q.conj().T @ to_numpy(result.fun)
-    return info
-
-
 def _pcov(result: LeastSquaresResult, absolute_sigma: bool) -> np.ndarray:
-    """Covariance for `curve_fit`, infinite throughout where the data leave a direction open.
-
-    Parameters at a bound count as free, as in SciPy, unless the data do not determine them there.
-    """
+    """Covariance for `curve_fit`: parameters at a bound count as free, as in SciPy."""
     context = result._context
     object.__setattr__(result, "_context", replace(context, held=context.lb == context.ub))
     try:
-        cov = result.uncertainty(absolute_sigma=absolute_sigma).covariance
+        u = result.uncertainty(absolute_sigma=absolute_sigma)
     finally:
         object.__setattr__(result, "_context", context)
-    if context.held.any() and not np.isfinite(cov).all():
-        cov = result.uncertainty(absolute_sigma=absolute_sigma).covariance
-    if not np.isfinite(cov).all():
+    if not np.isfinite(u.covariance).all():
         warnings.warn(
             "Covariance of the parameters could not be estimated",
             category=OptimizeWarning,
             stacklevel=3,
         )
-        return np.full_like(cov, np.inf)
-    return cov
+    return u.covariance
 
 
 def _scipy_curve_fit(
@@ -476,8 +442,7 @@ def leastsq(
     cov_x : ndarray, shape (n, n), or None
         Inverse of J'J, with ``full_output``; None if it is singular.
     infodict : dict
-        ``nfev``, ``fvec``, and ``fjac``, ``ipvt`` and ``qtf``, a pivoted QR factorisation of the
-        Jacobian, with ``full_output``.
+        ``nfev`` and ``fvec``, with ``full_output``.
     mesg : str
         Why it stopped, with ``full_output``.
     ier : int
@@ -507,5 +472,5 @@ def leastsq(
     if not full_output:
         return result.x, ier
     cov = result.covariance(absolute_sigma=True)
-    cov_x = cov if np.isfinite(cov).all() else None
-    return result.x, cov_x, _info(result), result.message, ier
+    info = {"nfev": result.nfev, "fvec": result.fun}
+    return result.x, cov if np.isfinite(cov).all() else None, info, result.message, ier

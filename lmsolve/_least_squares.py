@@ -452,8 +452,6 @@ class _Fit:
             bounds=self.box,
             polish=polish,
         )
-        if isinstance(problem, Problem):
-            problem.norms_needed = isinstance(x_scale, str)
         notify = _callback(callback)
         history: list[Iteration] = []
         with _workers(self.options.workers, problem):
@@ -731,8 +729,7 @@ def _moved(fun: Any, x: Array, jac: Any, backend: str | None) -> tuple[Any, Arra
 
 def _scipy(*arguments: Any) -> LeastSquaresResult:
     """SciPy's own method, unchanged, with the result's methods added."""
-    *others, workers = arguments
-    result = scipy.optimize.least_squares(*others, workers=workers)
+    result = scipy.optimize.least_squares(*arguments)
     wrapped = LeastSquaresResult(result)
     x = np.asarray(result.x)
     n = x.shape[0]

@@ -167,7 +167,6 @@ class Problem:
     loss: Loss | None = None
     sparsity: _numdiff.Sparsity | None = None
     linear_solver: Any = None
-    norms_needed: bool = False
     precision: float = 2.0**-52
     m: int | None = None
     J: Any = None
@@ -225,30 +224,12 @@ class Problem:
         w = None
         if self.loss is not None:
             w, r = self.loss.weights(self.xp, r)
-        if is_dense(J) and (self.linear_solver is None or self.linear_solver[0] != "lsmr"):
-            return dense_subproblem(self.xp, J, r, w)
-        return self._iterative(J, r, w)
+        if not is_dense(J):
+            from ._sparse import operator_subproblem, sparse_subproblem
 
-    def _iterative(self, J: Any, r: Array, w: Array | None) -> Subproblem:
-        """Subproblem of a sparse J, an operator, or a dense J that is to be iterated on."""
-        from . import _sparse
-
-        solver, options = self.linear_solver or (None, {})
-        if is_dense(J):
-            return _sparse.iterated_subproblem(J, r, w, options)
-        if solver == "exact":
-            raise ValueError(
-                "`tr_solver` must not be 'exact' where `jac` is sparse or an operator, got "
-                f"{type(J).__name__}."
-            )
-        if hasattr(J, "tocsr"):
-            return _sparse.sparse_subproblem(J, r, w, solver, options)
-        if self.norms_needed:
-            raise ValueError(
-                "`x_scale` must not be 'jac' where `jac` returns an operator, whose column norms "
-                f"are unknown, got {type(J).__name__}: give None or sizes."
-            )
-        return _sparse.operator_subproblem(J, r, w, options)
+            make = sparse_subproblem if hasattr(J, "tocsr") else operator_subproblem
+            return make(J, r, w, self.linear_solver)
+        return dense_subproblem(self.xp, J, r, w)
 
     def derivative_error(self) -> float:
         """Relative error of the Jacobian's entries to expect from the way it is made."""
@@ -407,9 +388,7 @@ def is_dense(J: Any) -> bool:
 
 def as_jacobian(J: Any, dtype: Any) -> Any:
     """A user's Jacobian as a NumPy array of the dtype, sparse matrix or operator."""
-    if hasattr(J, "tocsr"):
-        return J if J.format in ("csr", "csc") else J.tocsr()
-    if hasattr(J, "rmatvec"):
+    if hasattr(J, "tocsr") or hasattr(J, "rmatvec"):
         return J
     try:
         a = np.asarray(J)
