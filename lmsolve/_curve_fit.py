@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import scipy.optimize
-from scipy.linalg import solve_triangular
+from scipy.linalg import qr, solve_triangular
 from scipy.optimize import OptimizeWarning
 
 from . import _validate
@@ -102,9 +102,11 @@ def curve_fit(
     popt : array, shape (n,)
         Parameters.
     pcov : array, shape (n, n)
-        Their covariance; infinite where the data do not determine a parameter.
+        Their covariance; all infinite, with a warning, where the data leave a direction of the
+        parameters open: ``curve_fit(...).result`` says which.
     infodict : dict
-        ``nfev`` and ``fvec``, with ``full_output``.
+        ``nfev``, ``fvec``, and ``fjac``, ``ipvt`` and ``qtf``, a pivoted QR factorisation of the
+        Jacobian, with ``full_output``.
     mesg : str
         Why it stopped, with ``full_output``.
     ier : int
@@ -142,11 +144,17 @@ def curve_fit(
         )  # fmt: skip
     _validate.one_of(method, "method", (None, "lm", "trf", "dogbox"))
     if "args" in kwargs:
-        raise ValueError("'args' is not a supported keyword argument: use functools.partial.")
+        raise ValueError(
+            "`args` is not supported by curve_fit: bind them by functools.partial, got "
+            f"`args={kwargs['args']!r}`."
+        )
     names = _parameter_names(f)
     start, n = _start(p0, names, bounds, ydata)
     if names is not None and len(names) != n:
         names = None
+    start = _validate.parameters(start, "p0")
+    _check_number(f, n)
+    _check_inside(start, bounds, n)
     xdata, ydata, sigma = _data(xdata, ydata, sigma, check_finite, nan_policy)
     whiten = _whitening(sigma, ydata)
     residual = _Residual(f, xdata, ydata, whiten)
@@ -162,20 +170,30 @@ def curve_fit(
     popt: Any = result.x
     values: tuple[Any, ...] = (popt, pcov)
     if full_output:
-        info = {"nfev": result.nfev, "fvec": result.fun}
-        values = (popt, pcov, info, result.message, result.status)
+        values = (popt, pcov, _info(result), result.message, result.status)
     return CurveFit(values, result)
 
 
 class _Residual:
     """``whiten(f(xdata, *parameters) - ydata)``; can be pickled where f can."""
 
+    words = ("f", "p0")  # the arguments that errors are about
+
     def __init__(self, f: Any, xdata: Any, ydata: Array, whiten: Any) -> None:
         self.f, self.xdata, self.ydata, self.whiten = f, xdata, ydata, whiten
 
     def __call__(self, p: Array) -> Array:
         """Residuals (m,)."""
-        r = self.f(self.xdata, *p) - self.ydata
+        values = self.f(self.xdata, *p)
+        if values is None:
+            raise TypeError("`f` must return an array of the shape of `ydata`, got None.")
+        try:
+            r = values - self.ydata
+        except ValueError as error:
+            raise ValueError(
+                f"`f` must return an array of the shape of `ydata`, {tuple(self.ydata.shape)}, "
+                f"got {np.shape(values)}."
+            ) from error
         return r if self.whiten is None else self.whiten(r)
 
 
@@ -221,6 +239,35 @@ def _parameter_names(f: Any) -> list[str] | None:
     return [p.name for p in parameters if p.kind in kinds][1:]
 
 
+def _check_number(f: Any, n: int) -> None:
+    """TypeError unless f can be called with the data and n parameters."""
+    try:
+        signature = inspect.signature(f)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(None, *range(n))
+    except TypeError as error:
+        raise TypeError(
+            f"`p0` must have one value for each parameter of `f`, got {n} for {signature}: {error}."
+        ) from error
+
+
+def _check_inside(p0: Any, bounds: Any, n: int) -> None:
+    """ValueError, in the words of this front door, unless p0 lies inside the bounds."""
+    host = to_numpy(p0)
+    if bounds is UNBOUNDED or host.dtype.kind not in "biuf" or host.ndim > 1:
+        return  # nothing to check, or another check's business
+    lb, ub = _validate.host_bounds(bounds, n)
+    outside = (host < lb) | (host > ub)
+    if outside.any():
+        j = int(np.argmax(outside))
+        raise ValueError(
+            f"Initial guess is outside of provided bounds: `p0` must lie inside `bounds`, got "
+            f"{np.broadcast_to(host, (n,))[j]} outside [{lb[j]}, {ub[j]}] for parameter {j}."
+        )
+
+
 def _start(p0: Any, names: list[str] | None, bounds: Any, ydata: Any) -> tuple[Any, int]:
     """p0 and its length."""
     if p0 is not None:
@@ -228,7 +275,8 @@ def _start(p0: Any, names: list[str] | None, bounds: Any, ydata: Any) -> tuple[A
         return p0, int(np.prod(p0.shape)) if p0.ndim else 1
     if not names:
         raise ValueError(
-            "`p0` must be given: Unable to determine number of fit parameters from `f`."
+            "`p0` must be given: Unable to determine number of fit parameters from `f`, got "
+            f"`p0={p0}`."
         )
     n = len(names)
     lb, ub = _validate.host_bounds(bounds, n)
@@ -256,7 +304,7 @@ def _data(
         raise ValueError("`nan_policy='propagate'` is not supported by this function.")
     if nan_policy not in (None, "raise", "omit"):
         raise ValueError(
-            f"`nan_policy` must be one of {{None, 'raise', 'omit'}}, got {nan_policy!r}."
+            f"nan_policy must be one of {{None, 'raise', 'omit'}}, got `nan_policy={nan_policy!r}`."
         )
     check = nan_policy is None if check_finite is None else check_finite
     if is_array(ydata) and not isinstance(ydata, np.ndarray | np.generic):
@@ -266,7 +314,7 @@ def _data(
     if isinstance(xdata, list | tuple | np.ndarray):
         xdata = _floats(xdata, "xdata", check)
     if y.size == 0:
-        raise ValueError("`ydata` must not be empty!")
+        raise ValueError(f"`ydata` must not be empty, got shape {y.shape}.")
     if not check and nan_policy is not None:
         return _without_nan(xdata, y, sigma, nan_policy)
     return xdata, y, sigma
@@ -280,7 +328,9 @@ def _floats(a: Any, name: str, check: bool) -> np.ndarray:
         b = np.asarray(a)
         b = b if b.dtype.kind == "c" else b.astype(float, copy=False)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"`{name}` must hold numbers: {error}.") from error
+        raise type(error)(
+            f"`{name}` must hold numbers, got {type(a).__name__}: {error}."
+        ) from error
     _finite(b, name, check)
     return b
 
@@ -323,14 +373,18 @@ def _whitening(sigma: Any, ydata: Array) -> Any:
         raise TypeError(f"`sigma` must hold real numbers, got dtype {sigma.dtype}.")
     size = int(np.prod(ydata.shape))
     if sigma.size == 1 or sigma.shape == (size,):
-        if not (np.isfinite(sigma).all() and (sigma > 0).all()) and np.isnan(sigma).any():
-            raise ValueError("`sigma` must not be NaN.")
+        if not (sigma > 0).all():
+            worst = sigma.ravel()[np.argmin(np.nan_to_num(sigma.ravel(), nan=-np.inf))]
+            raise ValueError(f"`sigma` must be positive, got {worst}.")
         return _Weights(convert(np.squeeze(sigma) if sigma.size == 1 else sigma, ydata))
     if sigma.shape == (size, size):
         try:
             return _Triangle(np.linalg.cholesky(sigma))
         except np.linalg.LinAlgError as error:
-            raise ValueError("`sigma` must be positive definite.") from error
+            lowest = np.linalg.eigvalsh(sigma)[0] if np.isfinite(sigma).all() else np.nan
+            raise ValueError(
+                f"`sigma` must be positive definite, got a lowest eigenvalue of {lowest:.3g}."
+            ) from error
     raise ValueError(
         f"`sigma` has incorrect shape: expected a number, {(size,)} or {(size, size)}, got "
         f"{sigma.shape}."
@@ -340,6 +394,9 @@ def _whitening(sigma: Any, ydata: Array) -> Any:
 def _translated(kwargs: dict[str, Any], n: int) -> dict[str, Any]:
     """Keyword arguments of `leastsq` in the words of `least_squares`."""
     out = dict(kwargs)
+    known = inspect.signature(least_squares).parameters if kwargs else ()
+    for name in set(kwargs) - set(known) - {"maxfev", "epsfcn", "diag", "factor"}:
+        raise TypeError(f"`{name}` is no argument of curve_fit or least_squares, got {name}.")
     if "maxfev" in out:
         limit = out.pop("maxfev")
         out.setdefault("max_nfev", limit or None)
@@ -353,21 +410,38 @@ def _translated(kwargs: dict[str, Any], n: int) -> dict[str, Any]:
     return out
 
 
+def _info(result: LeastSquaresResult) -> dict[str, Any]:
+    """infodict of MINPACK's front doors: counts, residuals and a pivoted QR of the Jacobian."""
+    info = {"nfev": result.nfev, "fvec": result.fun}
+    J = to_numpy(result.jac)
+    Q, R, info["ipvt"] = qr(J, mode="economic", pivoting=True)
+    info["fjac"] = np.zeros((J.shape[1], J.shape[0]), dtype=R.dtype)
+    info["fjac"][:, : R.shape[0]] = R.T
+    info["qtf"] = Q.conj().T @ to_numpy(result.fun)
+    return info
+
+
 def _pcov(result: LeastSquaresResult, absolute_sigma: bool) -> np.ndarray:
-    """Covariance for `curve_fit`: parameters at a bound count as free, as in SciPy."""
+    """Covariance for `curve_fit`, infinite throughout where the data leave a direction open.
+
+    Parameters at a bound count as free, as in SciPy, unless the data do not determine them there.
+    """
     context = result._context
     object.__setattr__(result, "_context", replace(context, held=context.lb == context.ub))
     try:
-        u = result.uncertainty(absolute_sigma=absolute_sigma)
+        cov = result.uncertainty(absolute_sigma=absolute_sigma).covariance
     finally:
         object.__setattr__(result, "_context", context)
-    if not np.isfinite(u.covariance).all():
+    if context.held.any() and not np.isfinite(cov).all():
+        cov = result.uncertainty(absolute_sigma=absolute_sigma).covariance
+    if not np.isfinite(cov).all():
         warnings.warn(
             "Covariance of the parameters could not be estimated",
             category=OptimizeWarning,
             stacklevel=3,
         )
-    return u.covariance
+        return np.full_like(cov, np.inf)
+    return cov
 
 
 def _scipy_curve_fit(
@@ -442,7 +516,8 @@ def leastsq(
     cov_x : ndarray, shape (n, n), or None
         Inverse of J'J, with ``full_output``; None if it is singular.
     infodict : dict
-        ``nfev`` and ``fvec``, with ``full_output``.
+        ``nfev``, ``fvec``, and ``fjac``, ``ipvt`` and ``qtf``, a pivoted QR factorisation of the
+        Jacobian, with ``full_output``.
     mesg : str
         Why it stopped, with ``full_output``.
     ier : int
@@ -472,5 +547,5 @@ def leastsq(
     if not full_output:
         return result.x, ier
     cov = result.covariance(absolute_sigma=True)
-    info = {"nfev": result.nfev, "fvec": result.fun}
-    return result.x, cov if np.isfinite(cov).all() else None, info, result.message, ier
+    cov_x = cov if np.isfinite(cov).all() else None
+    return result.x, cov_x, _info(result), result.message, ier

@@ -278,13 +278,16 @@ class _Fit:
         self.names = names
         self.options = options
         self.fun, self.fixed = fun, fixed
+        self.words = getattr(fun, "words", ("fun", "x0"))
         self.complex_x = is_complex(x)
         self.complex_r = False
         if names is not None and len(names) != x.shape[0]:
             raise ValueError(f"`names` must name {x.shape[0]} parameters, got {len(names)}.")
         if self.complex_x:
-            if bounds is not UNBOUNDED and np.isfinite(np.asarray(bounds, dtype=float)).any():
-                raise ValueError("`bounds` must be infinite where `x0` is complex.")
+            if np.isfinite(_validate.host_bounds(bounds, x.shape[0])).any():
+                raise ValueError(
+                    f"`bounds` must be infinite where `x0` is complex, got {bounds!r}."
+                )
             fixed = None if fixed is None else np.tile(_validate.fixed_mask(fixed, x.shape[0]), 2)
             x = _complex.split(x)
         self.x0 = x
@@ -339,7 +342,9 @@ class _Fit:
         if self.complex_x or is_complex(r0):
             self.complex_r = True
             if o.jac == "cs":
-                raise ValueError("`jac` must not be 'cs' where residuals or `x0` are complex.")
+                raise ValueError(
+                    "`jac` must not be 'cs' where the residuals or `x0` are complex, got 'cs'."
+                )
             real = _complex.RealFunction(fun, self.complex_x)
             r0 = _complex.split(r0 + 0j)
             jac = None if jac is None else _complex.real_jacobian(jac, self.complex_x)
@@ -361,13 +366,13 @@ class _Fit:
         if r0.shape[0] == 0:
             raise ValueError("`fun` must return at least one residual, got none.")
         precision = max(eps(self.xp, x.dtype), eps(self.xp, r0.dtype))
-        _validate.finite_residuals(r0)
+        _validate.finite_residuals(r0, *self.words)
         if r0.dtype != x.dtype:
             r0 = self.xp.astype(r0, x.dtype)
             if not is_numpy(self.xp):
                 fun = _cast(fun, x.dtype, self.xp)
         if is_numpy(self.xp) and isinstance(fun, UserFunction | ResidualAndJacobian):
-            fun.dtype = x.dtype
+            fun.expect(r0.shape, x.dtype)
         if loss is not None:
             _validate.loss_values(loss, r0)
         differences = self._differences(jac, precision) if jac is None else None
@@ -452,13 +457,17 @@ class _Fit:
             bounds=self.box,
             polish=polish,
         )
+        if isinstance(problem, Problem):
+            problem.norms_needed = isinstance(x_scale, str)
         notify = _callback(callback)
         history: list[Iteration] = []
         with _workers(self.options.workers, problem):
             if resume is None:
                 state = solver.init(problem, x, self.r0)
-            else:
+            elif isinstance(resume, LMState):
                 state = solver.resume(problem, resume)
+            else:
+                raise TypeError(f"`resume` must be an LMState, got {type(resume).__name__}.")
             if verbose == 2:
                 print(HEADER)
             first_cost = state.cost
@@ -649,7 +658,7 @@ def _tiny_record(history: list[Iteration]) -> Callable[..., None]:
 
     def record(*values: Any) -> None:
         polishing = values[8] if len(values) > 8 else False
-        history.append(Iteration(*(*values[:8], polishing, False)))
+        history.append(Iteration(*values[:8], polishing, False))
 
     return record
 
@@ -729,7 +738,8 @@ def _moved(fun: Any, x: Array, jac: Any, backend: str | None) -> tuple[Any, Arra
 
 def _scipy(*arguments: Any) -> LeastSquaresResult:
     """SciPy's own method, unchanged, with the result's methods added."""
-    result = scipy.optimize.least_squares(*arguments)
+    *others, workers = arguments
+    result = scipy.optimize.least_squares(*others, workers=workers)
     wrapped = LeastSquaresResult(result)
     x = np.asarray(result.x)
     n = x.shape[0]

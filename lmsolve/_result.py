@@ -242,8 +242,8 @@ class LeastSquaresResult(OptimizeResult):  # type: ignore[misc]  # SciPy has no 
         scores = raw = None
         if context.loss is not None and self.fun is not None and J is not None:
             w, r_w = context.loss.weights(context.xp, self.fun)
-            w, r_w = to_numpy(w), to_numpy(r_w)
-            raw, scores = J, w * r_w
+            raw, scores = J, to_numpy(w) * to_numpy(r_w)
+            w = to_numpy(context.loss.curvature_weights(context.xp, self.fun))
             J = J.multiply(w[:, None]) if hasattr(J, "tocsr") else J * w[:, None]
         return Curvature(
             rows=J.tocsr() if hasattr(J, "tocsr") else J,

@@ -9,6 +9,8 @@ large scale optimization").
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,11 @@ FORCING, FINEST = 0.1, 1e-12
 
 
 def sparse_subproblem(
-    J: Any, r: np.ndarray, weights: np.ndarray | None, solver: Any = None
+    J: Any,
+    r: np.ndarray,
+    weights: np.ndarray | None,
+    solver: str | None = None,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Subproblem:
     """Subproblem of a sparse J (m, n): a factorisation where it pays, else conjugate gradients."""
     from scipy.sparse import csr_array, diags_array
@@ -36,12 +42,16 @@ def sparse_subproblem(
         A = diags_array(weights) @ A
     fill = float(np.sum(np.diff(A.indptr).astype(float) ** 2))
     if solver == "lsmr" or (solver is None and fill > DIRECT_ENTRIES):
-        return OperatorSubproblem(A, r, np.sqrt(np.asarray(A.multiply(A).sum(axis=0)).ravel()))
+        norms = np.sqrt(np.asarray(A.multiply(A).sum(axis=0)).ravel())
+        return OperatorSubproblem(A, r, norms, **_stopping(options))
     return SparseNormalEquations(A, r)
 
 
 def operator_subproblem(
-    J: Any, r: np.ndarray, weights: np.ndarray | None, solver: Any = None
+    J: Any,
+    r: np.ndarray,
+    weights: np.ndarray | None,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Subproblem:
     """Subproblem of a LinearOperator J (m, n)."""
     from scipy.sparse.linalg import LinearOperator, aslinearoperator
@@ -55,7 +65,21 @@ def operator_subproblem(
             rmatvec=lambda z, A=A: A.rmatvec(w * z).ravel(),
             dtype=r.dtype,
         )
-    return OperatorSubproblem(A, r, None)
+    return OperatorSubproblem(A, r, None, **_stopping(options))
+
+
+def iterated_subproblem(
+    J: np.ndarray, r: np.ndarray, weights: np.ndarray | None, options: Mapping[str, Any]
+) -> Subproblem:
+    """Subproblem of a dense J (m, n) by iterations, for the caller who asks for them."""
+    A = J if weights is None else weights[:, None] * J
+    return OperatorSubproblem(A, r, np.sqrt(np.einsum("ij,ij->j", A, A)), **_stopping(options))
+
+
+def _stopping(options: Mapping[str, Any]) -> dict[str, Any]:
+    """SciPy's options of LSMR as the tolerance and the iterations of conjugate gradients."""
+    given = [float(options[name]) for name in ("atol", "btol") if name in options]
+    return {"tolerance": max(given) if given else None, "maxiter": options.get("maxiter")}
 
 
 class SparseNormalEquations:
@@ -111,9 +135,17 @@ class SparseNormalEquations:
 class OperatorSubproblem:
     """Subproblem of anything with products A p and A' z, by truncated conjugate gradients."""
 
-    def __init__(self, A: Any, r: np.ndarray, norms: np.ndarray | None) -> None:
+    def __init__(
+        self,
+        A: Any,
+        r: np.ndarray,
+        norms: np.ndarray | None,
+        tolerance: float | None = None,
+        maxiter: int | None = None,
+    ) -> None:
         self._A, self._r = A, r
-        self._At = A.T if hasattr(A, "tocsr") else A.H
+        self._At = A.H if hasattr(A, "rmatvec") else A.T
+        self._tolerance, self._maxiter = tolerance, maxiter
         self.grad = np.asarray(self._At @ r).ravel()
         self.norms = norms
         self.escalated = False
@@ -146,11 +178,17 @@ class OperatorSubproblem:
         if first == 0.0 or not np.isfinite(first):
             return q
         rnorm2 = float(z @ z)
-        tolerance = max(FINEST, min(FORCING, np.sqrt(first / rnorm2) if rnorm2 else 0.0) ** 2)
-        for self.iterations in range(1, 2 * q.shape[0] + 20):
+        tolerance = self._tolerance
+        if tolerance is None:
+            tolerance = max(FINEST, min(FORCING, np.sqrt(first / rnorm2) if rnorm2 else 0.0) ** 2)
+        steepest, rounding = 0.0, (8.0 * float(np.finfo(q.dtype).eps)) ** 2
+        limit = 2 * q.shape[0] + 20 if self._maxiter is None else self._maxiter + 1
+        for self.iterations in range(1, limit):
             w = np.asarray(self._A @ (d * v)).ravel()
-            curvature = float(w @ w) + mu * float(v @ v)
-            if curvature <= 0.0:
+            v2 = float(v @ v)
+            curvature = float(w @ w) + mu * v2
+            steepest = max(steepest, curvature / v2)
+            if curvature <= rounding * steepest * v2:
                 break
             alpha = gamma / curvature
             longer = q + alpha * v
@@ -160,7 +198,7 @@ class OperatorSubproblem:
             z = z - alpha * w
             s = d * np.asarray(self._At @ z).ravel() - mu * q
             new = float(s @ s)
-            if new <= tolerance**2 * first:
+            if new <= max(tolerance**2 * first, rounding * steepest * float(z @ z)):
                 break
             v = s + (new / gamma) * v
             gamma = new

@@ -56,10 +56,12 @@ def _numpy_parameters(x0: Any, name: str) -> np.ndarray:
     try:
         x = np.atleast_1d(np.asarray(x0))
     except ValueError as error:
-        raise ValueError(f"`{name}` must be a sequence of numbers: {error}.") from error
+        raise ValueError(
+            f"`{name}` must be a sequence of numbers, got {type(x0).__name__}: {error}."
+        ) from error
     if x.dtype.kind in "biu" or x.dtype == np.float16:
         return x.astype(float)
-    if x.dtype.kind == "O":
+    if x.dtype.kind == "O" and not any(value is None for value in x.flat):
         try:
             return x.astype(float)
         except (TypeError, ValueError):
@@ -80,7 +82,7 @@ def _foreign_parameters(x0: Any, name: str) -> Array:
 def tolerances(ftol: Any, xtol: Any, gtol: Any, precision: float) -> tuple[float, float, float]:
     """Tolerances as floats, None as 0, and none finer than what the precision can resolve."""
     plain = ftol.__class__ is xtol.__class__ is gtol.__class__ is float and precision < 1e-10
-    if plain and min(ftol, xtol, gtol) > 1e-15 and max(ftol, xtol, gtol) < 1.0:
+    if plain and 1e-15 < ftol < 1.0 and 1e-15 < xtol < 1.0 and 1e-15 < gtol < 1.0:
         return ftol, xtol, gtol
     values = []
     for name, tol in (("ftol", ftol), ("xtol", xtol), ("gtol", gtol)):
@@ -145,9 +147,12 @@ def host_bounds(bounds: Any, n: int) -> tuple[np.ndarray, np.ndarray]:
     ends = []
     for name, end, missing in (("lb", pair[0], -np.inf), ("ub", pair[1], np.inf)):
         try:
-            a = np.asarray(missing if end is None else to_numpy(end), dtype=float)
+            a = np.asarray(missing if end is None else to_numpy(end))
+            a = a if a.dtype.kind == "c" else a.astype(float)
         except (TypeError, ValueError):
             raise TypeError(f"`bounds` must hold numbers, got {end!r} for {name}.") from None
+        if a.dtype.kind == "c":
+            raise TypeError(f"`bounds` must hold real numbers, got {end!r} for {name}.")
         if a.ndim == 0 or (a.shape == (1,) and hasattr(bounds, "lb")):
             a = np.full(n, float(a.reshape(())))
         if a.shape != (n,):
@@ -251,7 +256,10 @@ def difference_step(diff_step: Any, n: int) -> np.ndarray | None:
     """diff_step as relative steps (n,), or None."""
     if diff_step is None:
         return None
-    a = np.asarray(diff_step, dtype=float)
+    try:
+        a = np.asarray(diff_step, dtype=float)
+    except (TypeError, ValueError):
+        raise TypeError(f"`diff_step` must be a number or numbers, got {diff_step!r}.") from None
     if a.ndim and a.shape != (n,):
         raise ValueError(f"`diff_step` must have the shape of `x0`, {(n,)}, got {a.shape}.")
     if not (np.all(np.isfinite(a)) and np.all(a != 0)):
@@ -259,12 +267,15 @@ def difference_step(diff_step: Any, n: int) -> np.ndarray | None:
     return np.broadcast_to(np.abs(a), (n,)).copy()
 
 
-def finite_residuals(r: Array) -> None:
+def finite_residuals(r: Array, fun: str = "fun", x0: str = "x0") -> None:
     """ValueError that says which residuals are not finite at x0."""
-    if all_finite(r):
+    xp = array_namespace(r)
+    if bool(xp.all(xp.isfinite(r))):
         return
-    bad = np.flatnonzero(~np.isfinite(to_numpy(r)))
+    host = to_numpy(r)
+    bad = np.flatnonzero(~np.isfinite(host))
     shown = ", ".join(str(i) for i in bad[:5]) + (", ..." if bad.size > 5 else "")
     raise ValueError(
-        f"Residuals must be finite at `x0`: {bad.size} of {r.shape[0]} are not (indices {shown})."
+        f"`{fun}` must return finite residuals at `{x0}`, got {host[bad[0]]}: {bad.size} of "
+        f"{r.shape[0]} are not finite (indices {shown})."
     )
