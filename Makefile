@@ -1,5 +1,6 @@
 # make demo   fit real data and draw the picture        make test   the whole test suite
 # make lint   ruff, mypy and the docstrings             make bench-env   the peers to measure against
+# make test-legate   cuPyNumeric on two CPUs and on two ranks; downloads 4 GB of wheels on first use
 #
 # Every command is printed as it runs; each works typed by hand as well. The virtual environment is
 # made on first use and again when pyproject.toml changes. Another Python: make test PYTHON=python3.13
@@ -13,7 +14,7 @@ PIP_FLAGS := -qq --disable-pip-version-check
 TEST_ENV := OMP_NUM_THREADS=1
 TEST_FLAGS ?= -n 2 --timeout 600
 
-.PHONY: demo test lint bench-env clean
+.PHONY: demo test lint test-legate bench-env clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -27,6 +28,9 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python .ci/docstrings.py
+
+test-legate:
+	PYTHON=$(PYTHON) bash scripts/test-legate.sh
 
 bench-env: $(BENCH_VENV)/.ready
 	@echo "The peers are ready: $(BENCH_VENV)/bin/python benchmarks/small_fits.py"

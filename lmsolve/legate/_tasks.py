@@ -1,0 +1,240 @@
+"""Python functions as Legate tasks, one per row shard. Import this only after Legate has started.
+
+A job is a Python callable; ``launch`` runs it once per shard, on the processor that holds the
+shard, and waits. Every rank makes the same launches in the same order, so a job is passed by a
+number into a table that every rank fills alike, and anything that every rank holds (the
+parameters, host arrays) reaches its own tasks through the job itself, at no cost.
+
+An exception that leaves a task aborts the process. So a job's exception is caught, counted in
+the status of its shard, and raised from ``launch``, on every rank. Each shard has its own row of
+the status array instead of one sum for all: sums of one element may differ between ranks in the
+last bit, and ranks that then branch differently wait for each other for ever.
+"""
+
+from __future__ import annotations
+
+import builtins
+import itertools
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from legate.core import (
+    LogicalStore,
+    LogicalStorePartition,
+    PhysicalStore,
+    ReductionOpKind,
+    ResourceConfig,
+    TaskContext,
+    TaskInfo,
+    TaskTarget,
+    VariantCode,
+    VariantOptions,
+    get_legate_runtime,
+    types,
+)
+
+#: Width of a shard's status: whether it failed, and what the job returned.
+STATUS = 4
+#: Bytes of an exception's text that travel between ranks.
+TEXT = 8192
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What a job sees: its index, and views of its part of the stores."""
+
+    index: int
+    inputs: tuple[PhysicalStore, ...]
+    outputs: tuple[PhysicalStore, ...]
+    sums: tuple[PhysicalStore, ...]  # add to these, never assign
+    stream: int | None  # the CUDA stream of a GPU task
+
+
+Job = Callable[[Shard], Sequence[float]]
+Part = LogicalStore | LogicalStorePartition
+
+_numbers = itertools.count()
+_jobs: dict[int, Job] = {}
+_failures: dict[tuple[int, int], Exception] = {}
+
+
+def launch(
+    job: Job,
+    shards: int,
+    target: TaskTarget,
+    inputs: Sequence[Part] = (),
+    outputs: Sequence[LogicalStorePartition] = (),
+    sums: Sequence[LogicalStore] = (),
+) -> np.ndarray:
+    """Run a job on every shard and wait; what it returned, array (shards, STATUS - 1).
+
+    ``sums`` are added up over the shards and start at zero. An exception of the job is raised
+    here on every rank: the first failed shard's.
+    """
+    number = next(_numbers)
+    _jobs[number] = job
+    try:
+        status = _submit(_RUN, number, shards, target, types.float64, STATUS, inputs, outputs, sums)
+        if status[:, 0].any():
+            texts = _submit(_TELL, number, shards, target, types.uint8, TEXT)
+            _raise_first(number, texts)
+    finally:
+        del _jobs[number]
+        for key in [key for key in _failures if key[0] == number]:
+            del _failures[key]
+    return status[:, 1:]
+
+
+def processors(target: TaskTarget) -> int:
+    """Number of processors of a kind, over all ranks."""
+    return int(get_legate_runtime().get_machine().count(target))
+
+
+def host_view(store: PhysicalStore) -> np.ndarray:
+    """The memory of a store of a CPU task as an array."""
+    return np.asarray(store)
+
+
+def read(store: LogicalStore) -> np.ndarray:
+    """A host copy of a whole store, equal on every rank; waits for it."""
+    return np.array(np.asarray(store.get_physical_store()))
+
+
+def store_of(array: Any) -> LogicalStore:
+    """The store of a cuPyNumeric array, on every call the same one."""
+    return next(iter(array.__legate_data_interface__["data"].values())).data
+
+
+def _submit(
+    local_id: int,
+    number: int,
+    shards: int,
+    target: TaskTarget,
+    dtype: Any,
+    width: int,
+    inputs: Sequence[Part] = (),
+    outputs: Sequence[LogicalStorePartition] = (),
+    sums: Sequence[LogicalStore] = (),
+) -> np.ndarray:
+    """Launch one of the two tasks; its first output, one row (width,) per shard."""
+    runtime = get_legate_runtime()
+    rows = runtime.create_store(dtype, (shards, width))
+    for store in sums:
+        store.fill(0.0)
+    with runtime.get_machine().only(target):
+        task = runtime.create_manual_task(_library(), local_id, (shards,))
+        task.add_output(rows.partition_by_tiling((1, width)))
+        for part in outputs:
+            task.add_output(part)
+        for part in inputs:
+            task.add_input(part)
+        for store in sums:
+            task.add_reduction(store, ReductionOpKind.ADD)
+        task.add_scalar_arg(number, types.int64)
+        task.execute()
+    return read(rows)
+
+
+def _run(context: TaskContext) -> None:
+    """Body of the task that runs a job."""
+    stores = [array.data() for array in context.outputs]
+    (index,) = context.task_index
+    shard = Shard(
+        index=index,
+        inputs=tuple(array.data() for array in context.inputs),
+        outputs=tuple(stores[1:]),
+        sums=tuple(array.data() for array in context.reductions),
+        stream=context.task_stream,
+    )
+    number = context.scalars[0].value()
+    status = np.zeros((1, STATUS))
+    try:
+        status[0, 1:] = _jobs[number](shard)
+    except Exception as failure:  # noqa: BLE001  one that leaves the task aborts the process
+        _failures[number, index] = failure
+        status[0, 0] = 1.0
+    _write(stores[0], status, context.task_stream)
+
+
+def _tell(context: TaskContext) -> None:
+    """Body of the task that writes what a failed job raised, as text in JSON."""
+    (index,) = context.task_index
+    failure = _failures.get((context.scalars[0].value(), index))
+    text = b"" if failure is None else _encode(failure)
+    row = np.zeros((1, TEXT), dtype=np.uint8)
+    row[0, : len(text)] = np.frombuffer(text, dtype=np.uint8)
+    _write(context.outputs[0].data(), row, context.task_stream)
+
+
+def _write(store: PhysicalStore, values: np.ndarray, stream: int | None) -> None:
+    """Fill a store, in a GPU's memory where the task runs on one."""
+    if stream is None:
+        host_view(store)[...] = values
+        return
+    import torch
+
+    with torch.cuda.stream(torch.cuda.ExternalStream(stream)):
+        torch.from_dlpack(store).copy_(torch.from_numpy(values))
+
+
+def _encode(failure: Exception) -> bytes:
+    """Kind, text and traceback of an exception, cut to what travels."""
+    kind = type(failure)
+    trace = "".join(traceback.format_exception(failure))
+    for keep in (TEXT // 2, TEXT // 8, 0):
+        # Cut from the middle of nothing: the end of a traceback is what one reads first.
+        fields = [kind.__module__, kind.__qualname__, str(failure)[:keep], trace[len(trace) - keep :]]
+        text = json.dumps(fields).encode()
+        if len(text) <= TEXT:
+            return text
+    return json.dumps(["builtins", "RuntimeError", "", ""]).encode()
+
+
+def _raise_first(number: int, texts: np.ndarray) -> None:
+    """Raise the exception of the first failed shard: the object itself where it was raised."""
+    for index, row in enumerate(texts):
+        text = row.tobytes().rstrip(b"\0")
+        if text:
+            raise _failures.get((number, index)) or _decode(text)
+
+
+def _decode(text: bytes) -> Exception:
+    """An exception of another rank, of its own kind if this rank can make one of that kind."""
+    module, name, message, trace = json.loads(text)
+    kind = getattr(sys.modules.get(module, builtins), name, None)
+    failure: Exception = RuntimeError(f"{name}: {message}")
+    if isinstance(kind, type) and issubclass(kind, Exception):
+        try:
+            failure = kind(message)
+        except TypeError:  # an exception that asks for other arguments
+            pass
+    failure.add_note(f"Raised on another rank:\n{trace}")
+    return failure
+
+
+_tasks: list[Any] = []
+_RUN, _TELL = 0, 1
+
+
+def _library() -> Any:
+    """Our library of tasks, registered on first use: Legate never forgets a task."""
+    if not _tasks:
+        resources = ResourceConfig()
+        resources.max_tasks = resources.max_dyn_tasks = 2
+        library, _ = get_legate_runtime().find_or_create_library("lmsolve", config=resources)
+        options = VariantOptions(may_throw_exception=False)
+        for name, body in (("job", _run), ("tell", _tell)):
+            info = TaskInfo.from_variants(
+                library.get_new_task_id(),
+                name,
+                [(VariantCode.CPU, body), (VariantCode.GPU, body)],
+            )
+            library.register_task(info)
+        del options
+        _tasks.append(library)
+    return _tasks[0]

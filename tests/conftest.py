@@ -1,0 +1,39 @@
+"""Tests of Legate are skipped, with the reason in one line, where Legate can't start."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+from lmsolve.legate._start import Machine, inspect_machine, obstacle
+
+
+@cache
+def machine() -> Machine:
+    return inspect_machine()
+
+
+def missing(marker: str) -> str | None:
+    """What this machine lacks for the tests of a marker."""
+    found = machine()
+    if marker == "ranks" and found.cupynumeric is not None:
+        if not found.networks:
+            return "this build of Legate has no networking: make test-legate"
+        return None if found.mpirun else "mpirun is missing: make test-legate"
+    if marker == "gpu" and not found.gpus:
+        return "no CUDA device"
+    if marker == "multigpu" and len(found.gpus) < 2:
+        return "fewer than two CUDA devices"
+    if marker in ("legate", "ranks"):
+        trouble = obstacle(found)
+        return None if trouble is None else str(trouble)
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for marker in ("legate", "ranks", "gpu", "multigpu"):
+            if item.get_closest_marker(marker) and (reason := missing(marker)):
+                item.add_marker(pytest.mark.skip(reason=reason))
+                break
