@@ -1,4 +1,4 @@
-"""What keeps Legate from starting is told with its remedy; a start leaves the user's things alone."""
+"""What keeps Legate from starting is told with its remedy; a start is polite."""
 
 from __future__ import annotations
 

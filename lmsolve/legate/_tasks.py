@@ -19,11 +19,14 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, TypeAlias
 
 import numpy as np
 from legate.core import (
+    Library,
     LogicalStore,
     LogicalStorePartition,
     PhysicalStore,
@@ -33,7 +36,6 @@ from legate.core import (
     TaskInfo,
     TaskTarget,
     VariantCode,
-    VariantOptions,
     get_legate_runtime,
     types,
 )
@@ -56,7 +58,7 @@ class Shard:
 
 
 Job = Callable[[Shard], Sequence[float]]
-Part = LogicalStore | LogicalStorePartition
+Part: TypeAlias = LogicalStore | LogicalStorePartition
 
 _numbers = itertools.count()
 _jobs: dict[int, Job] = {}
@@ -79,9 +81,9 @@ def launch(
     number = next(_numbers)
     _jobs[number] = job
     try:
-        status = _submit(_RUN, number, shards, target, types.float64, STATUS, inputs, outputs, sums)
+        status = _submit(_RUN, number, shards, target, STATUS, inputs, outputs, sums)
         if status[:, 0].any():
-            texts = _submit(_TELL, number, shards, target, types.uint8, TEXT)
+            texts = _submit(_TELL, number, shards, target, TEXT)
             _raise_first(number, texts)
     finally:
         del _jobs[number]
@@ -115,7 +117,6 @@ def _submit(
     number: int,
     shards: int,
     target: TaskTarget,
-    dtype: Any,
     width: int,
     inputs: Sequence[Part] = (),
     outputs: Sequence[LogicalStorePartition] = (),
@@ -123,7 +124,7 @@ def _submit(
 ) -> np.ndarray:
     """Launch one of the two tasks; its first output, one row (width,) per shard."""
     runtime = get_legate_runtime()
-    rows = runtime.create_store(dtype, (shards, width))
+    rows = _row_store(shards, width)
     for store in sums:
         store.fill(0.0)
     with runtime.get_machine().only(target):
@@ -178,17 +179,20 @@ def _write(store: PhysicalStore, values: np.ndarray, stream: int | None) -> None
         return
     import torch
 
-    with torch.cuda.stream(torch.cuda.ExternalStream(stream)):
-        torch.from_dlpack(store).copy_(torch.from_numpy(values))
+    own = torch.cuda.ExternalStream(stream)  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(own):
+        torch.utils.dlpack.from_dlpack(store).copy_(torch.from_numpy(values))
 
 
 def _encode(failure: Exception) -> bytes:
     """Kind, text and traceback of an exception, cut to what travels."""
     kind = type(failure)
+    # str() of a KeyError is the repr of its message.
+    message = failure.args[0] if failure.args and isinstance(failure.args[0], str) else str(failure)
     trace = "".join(traceback.format_exception(failure))
     for keep in (TEXT // 2, TEXT // 8, 0):
-        # Cut from the middle of nothing: the end of a traceback is what one reads first.
-        fields = [kind.__module__, kind.__qualname__, str(failure)[:keep], trace[len(trace) - keep :]]
+        # The end of a traceback is what one reads first.
+        fields = [kind.__module__, kind.__qualname__, message[:keep], trace[len(trace) - keep :]]
         text = json.dumps(fields).encode()
         if len(text) <= TEXT:
             return text
@@ -209,32 +213,29 @@ def _decode(text: bytes) -> Exception:
     kind = getattr(sys.modules.get(module, builtins), name, None)
     failure: Exception = RuntimeError(f"{name}: {message}")
     if isinstance(kind, type) and issubclass(kind, Exception):
-        try:
+        with suppress(TypeError):  # where the exception asks for other arguments
             failure = kind(message)
-        except TypeError:  # an exception that asks for other arguments
-            pass
     failure.add_note(f"Raised on another rank:\n{trace}")
     return failure
 
 
-_tasks: list[Any] = []
+@cache
+def _row_store(shards: int, width: int) -> LogicalStore:
+    """A store of one row per shard, kept: a new one per launch took two ranks twice the time."""
+    dtype = types.float64 if width == STATUS else types.uint8
+    return get_legate_runtime().create_store(dtype, (shards, width))
+
+
 _RUN, _TELL = 0, 1
 
 
-def _library() -> Any:
+@cache
+def _library() -> Library:
     """Our library of tasks, registered on first use: Legate never forgets a task."""
-    if not _tasks:
-        resources = ResourceConfig()
-        resources.max_tasks = resources.max_dyn_tasks = 2
-        library, _ = get_legate_runtime().find_or_create_library("lmsolve", config=resources)
-        options = VariantOptions(may_throw_exception=False)
-        for name, body in (("job", _run), ("tell", _tell)):
-            info = TaskInfo.from_variants(
-                library.get_new_task_id(),
-                name,
-                [(VariantCode.CPU, body), (VariantCode.GPU, body)],
-            )
-            library.register_task(info)
-        del options
-        _tasks.append(library)
-    return _tasks[0]
+    resources = ResourceConfig()
+    resources.max_tasks = resources.max_dyn_tasks = 2
+    library, _ = get_legate_runtime().find_or_create_library("lmsolve", config=resources)
+    for name, body in (("job", _run), ("tell", _tell)):
+        variants = [(VariantCode.CPU, body), (VariantCode.GPU, body)]
+        library.register_task(TaskInfo.from_variants(library.get_new_task_id(), name, variants))
+    return library
