@@ -17,7 +17,7 @@ def machine() -> Machine:
 def missing(marker: str) -> str | None:
     """What this machine lacks for the tests of a marker."""
     found = machine()
-    if marker == "ranks" and found.cupynumeric is not None:
+    if marker == "ranks" and found.cupynumeric is not None and found.libcuda:
         if not found.networks:
             return "this build of Legate has no networking: make test-legate"
         return None if found.mpirun else "mpirun is missing: make test-legate"

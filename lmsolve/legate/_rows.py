@@ -6,27 +6,29 @@ block by block, to one sum over all shards. So J and r exist one block at a time
 the host is one number per shard and trial, and n^2 + n numbers per accepted step. The parameters,
 the damping and the solve are on the host, alike on every rank.
 
-Sums are in float64 whatever the dtype of the blocks. NumPy's ``J.T @ J`` is a syrk that lets go
-of Python's lock; scipy's dsyrk holds it and would keep the shards of a process waiting in turn.
+Where the sums turn out ill-conditioned, the triangular factor of the rows takes their place: each
+shard reduces its own rows ``[J, r]`` to one triangle (n + 1, n + 1), and those are stacked and
+reduced on the host, which keeps all the accuracy (Demmel, Grigori, Hoemmen, Langou 2012, section
+3: the parallel tall-skinny QR).
 """
 
 from __future__ import annotations
 
-import copy
 import math
-import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from lmsolve._loss import LOSSES, Loss
-from lmsolve._subproblem import NormalEquations
+from lmsolve._subproblem import NormalEquations, Rows
 from lmsolve._xp import Array, Namespace, array_namespace, is_cupynumeric
+
 from . import _memory
+from ._blocks import Function, NumpyBlocks, TorchBlocks
 from ._start import start
 
 if TYPE_CHECKING:
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
 
 #: Elements of a block of J: 8 MB of float64, small enough for a core's cache to help.
 BLOCK = 2**20
-Function = Callable[..., Any]
 
 
 def rows(
@@ -116,7 +117,7 @@ def rows(
         fun_block,
         jac_block,
         n=n,
-        blocks=_TorchBlocks(dtype) if namespace == "torch" else _NumpyBlocks(dtype),
+        blocks=TorchBlocks(dtype) if namespace == "torch" else NumpyBlocks(dtype),
         loss=None if rho is None else Loss(rho, f_scale),
         block_rows=block_rows or max(256, min(2**16, BLOCK // (n + 1))),
     )
@@ -149,7 +150,7 @@ class RowProblem:
     def residual(self, x: np.ndarray) -> Evaluated:
         """The cost at x (n,): one launch, one read."""
         self.nfev += 1
-        costs = self._launch(_CostJob(self._functions, self._layout, x), x, ())
+        costs = self._launch(_CostJob(self._functions, self._layout, x), x)
         return Evaluated(float(costs[:, 0].sum()))
 
     def cost(self, r: Evaluated) -> float:
@@ -162,13 +163,36 @@ class RowProblem:
         n = self.n
         self._launch(_SumsJob(self._functions, self._layout, x), x, (self._sum_store(),))
         sums = self._tasks.read(self._sum_store())
-        return NormalEquations(np, sums[: n * n].reshape(n, n), sums[n * n :])
+        gram, grad = sums[: n * n].reshape(n, n), sums[n * n :]
+        rows = ReducedRows(self, np.array(x))
+        return NormalEquations(np, gram, grad, cast(Rows, rows))
 
-    def _launch(self, job: _RowJob, x: np.ndarray, sums: tuple[Any, ...]) -> np.ndarray:
-        layout = self._layout
-        status = self._tasks.launch(
-            job, layout.shards, layout.target, inputs=layout.parts, sums=sums
+    def triangle(self, x: np.ndarray) -> np.ndarray:
+        """Triangular factor (n + 1, n + 1) of ``[J, r]`` at x (n,): one launch, one read."""
+        from legate.core import get_legate_runtime, types
+
+        shards, size = self._layout.shards, (self.n + 1) ** 2
+        _memory.require(
+            8 * size * (shards + 1) + self._layout.resident,
+            self._layout.option,
+            "The triangular factors of the shards and the data",
         )
+        factors = get_legate_runtime().create_store(types.float64, (shards, size))
+        job = _TriangleJob(self._functions, self._layout, x)
+        self._launch(job, x, (), (factors.partition_by_tiling((1, size)),))
+        stacked = self._tasks.read(factors).reshape(shards * (self.n + 1), self.n + 1)
+        factor: np.ndarray = np.linalg.qr(stacked, mode="r")  # type: ignore[assignment]
+        return factor
+
+    def _launch(
+        self,
+        job: _RowJob,
+        x: np.ndarray,
+        sums: tuple[Any, ...] = (),
+        outputs: tuple[Any, ...] = (),
+    ) -> np.ndarray:
+        layout = self._layout
+        status = self._tasks.launch(job, layout.shards, layout.target, layout.parts, outputs, sums)
         if not (status[:, 1] == _checksum(x)).all():
             raise RuntimeError(
                 "The ranks of this run hold different parameters: give every rank the same `x0` "
@@ -190,6 +214,45 @@ class RowProblem:
             )
             self._sums = get_legate_runtime().create_store(types.float64, (size,))
         return self._sums
+
+
+class ReducedRows:
+    """n + 1 rows that stand for all m: the same sums and the same least-squares problem.
+
+    They are made when they are first asked for, which is where the sums are ill-conditioned.
+    """
+
+    xp: Namespace = np
+    weights = None
+
+    def __init__(self, problem: RowProblem, x: np.ndarray) -> None:
+        self._problem, self._x = problem, x
+
+    @cached_property
+    def _triangle(self) -> np.ndarray:
+        return self._problem.triangle(self._x)
+
+    @property
+    def J(self) -> np.ndarray:
+        """The rows (n + 1, n)."""
+        return self._triangle[:, :-1]
+
+    @property
+    def r(self) -> np.ndarray:
+        """Their residuals (n + 1,)."""
+        return self._triangle[:, -1]
+
+    def matvec(self, p: np.ndarray) -> np.ndarray:
+        """J p (n + 1,)."""
+        return self.J @ p
+
+    def weighted(self) -> np.ndarray:
+        """The rows; the loss has been applied before."""
+        return self.J
+
+    def shifted(self, start: np.ndarray | None) -> np.ndarray:
+        """Residuals (n + 1,) of the linear model at ``start``."""
+        return self.r if start is None else self.r + self.J @ start
 
 
 class _Layout:
@@ -226,130 +289,6 @@ class _Layout:
         return index * self.tile, min((index + 1) * self.tile, self.m)
 
 
-class _NumpyBlocks:
-    """NumPy views of a shard."""
-
-    gpu = False
-
-    def __init__(self, dtype: str) -> None:
-        self.dtype = dtype
-
-    def context(self, stream: int | None) -> AbstractContextManager[Any]:
-        return nullcontext()
-
-    def x(self, x: np.ndarray, stream: int | None) -> Array:
-        return x.astype(self.dtype)
-
-    def resident(self, store: Any) -> Array:
-        return np.asarray(store)
-
-    def host(self, block: Any, stream: int | None) -> Array:
-        return np.asarray(block)
-
-    def sums(self, store: Any) -> _HostSums:
-        return _HostSums(np.asarray(store))
-
-    def functions(self, functions: tuple[Function, Function]) -> tuple[Function, Function]:
-        return functions
-
-    def flat(self, a: Any, *shape: int) -> Array:
-        return np.asarray(a).reshape(shape)
-
-
-class _TorchBlocks:
-    """torch views of a shard, on the device of the task."""
-
-    gpu = True
-
-    def __init__(self, dtype: str) -> None:
-        self.dtype = dtype
-        self._local = threading.local()
-        self._lock = threading.Lock()
-
-    def context(self, stream: int | None) -> AbstractContextManager[Any]:
-        if stream is None:
-            return nullcontext()
-        import torch
-
-        context: AbstractContextManager[Any] = torch.cuda.stream(
-            torch.cuda.ExternalStream(stream)  # type: ignore[no-untyped-call]
-        )
-        return context
-
-    def x(self, x: np.ndarray, stream: int | None) -> Array:
-        import torch
-
-        return torch.from_numpy(x.copy()).to(_device(stream), getattr(torch, self.dtype))
-
-    def resident(self, store: Any) -> Array:
-        import torch
-
-        return torch.utils.dlpack.from_dlpack(store)
-
-    def host(self, block: Any, stream: int | None) -> Array:
-        import torch
-
-        if not isinstance(block, torch.Tensor):
-            block = np.asarray(block)
-            block = torch.from_numpy(block if block.flags.writeable else block.copy())
-        return block.to(_device(stream))
-
-    def sums(self, store: Any) -> _HostSums | _DeviceSums:
-        import torch
-
-        view = torch.utils.dlpack.from_dlpack(store)
-        return _DeviceSums(view) if view.is_cuda else _HostSums(view.numpy())
-
-    def functions(self, functions: tuple[Function, Function]) -> tuple[Function, Function]:
-        # functional_call on a module that two threads share gives silently wrong results.
-        if getattr(self._local, "of", None) is not functions:
-            with self._lock:
-                self._local.copies = copy.deepcopy(functions)
-            self._local.of = functions
-        copies: tuple[Function, Function] = self._local.copies
-        return copies
-
-    def flat(self, a: Any, *shape: int) -> Array:
-        return a.detach().reshape(shape)
-
-
-def _device(stream: int | None) -> str:
-    """torch's name for the device of a task: CPU tasks have no stream."""
-    return "cpu" if stream is None else "cuda"
-
-
-class _HostSums:
-    """J'J and J'r of a shard in host memory."""
-
-    def __init__(self, sums: np.ndarray) -> None:
-        self._sums = sums
-        n = (math.isqrt(4 * sums.size + 1) - 1) // 2
-        self._gram = sums[: n * n].reshape(n, n)
-        self._grad = sums[n * n :]
-        self._product = np.empty((n, n))
-
-    def add(self, J: Array, r: Array) -> None:
-        """Add a block: J (b, n), r (b,), of any library in host memory."""
-        J = np.asarray(J).astype(np.float64, copy=False)
-        self._gram += np.matmul(J.T, J, out=self._product)
-        self._grad += J.T @ np.asarray(r).astype(np.float64, copy=False)
-
-
-class _DeviceSums:
-    """J'J and J'r of a shard in a GPU's memory."""
-
-    def __init__(self, sums: Any) -> None:
-        n = (math.isqrt(4 * len(sums) + 1) - 1) // 2
-        self._gram = sums[: n * n].reshape(n, n)
-        self._grad = sums[n * n :]
-
-    def add(self, J: Array, r: Array) -> None:
-        """Add a block: J (b, n), r (b,) on the device."""
-        J = J.to(self._gram.dtype)
-        self._gram.addmm_(J.T, J)
-        self._grad.addmv_(J.T, r.to(J.dtype))
-
-
 class _Functions:
     """The user's two functions over one block of rows, with the loss."""
 
@@ -359,7 +298,7 @@ class _Functions:
         jac: Function,
         *,
         n: int,
-        blocks: _NumpyBlocks | _TorchBlocks,
+        blocks: NumpyBlocks | TorchBlocks,
         loss: Loss | None,
         block_rows: int,
     ) -> None:
@@ -461,6 +400,22 @@ class _SumsJob(_RowJob):
         for block, b in self._blocks(shard):
             r, J = self._functions.linear(x, block, b)
             sums.add(J, r)
+        return 0.0
+
+
+class _TriangleJob(_RowJob):
+    """The triangular factor of a shard's rows, with rows of zeros below if it has few."""
+
+    def _evaluate(self, x: Array, shard: _tasks.Shard) -> float:
+        blocks, n = self._functions.blocks, self._functions.n
+        R = None
+        for block, b in self._blocks(shard):
+            r, J = self._functions.linear(x, block, b)
+            R = blocks.triangle(R, J, r)
+        assert R is not None
+        out = blocks.resident(shard.outputs[0]).reshape(n + 1, n + 1)
+        out[...] = 0.0
+        out[: R.shape[0]] = R
         return 0.0
 
 

@@ -1,0 +1,349 @@
+"""A problem evaluated in row shards inside Legate's tasks is the problem NumPy solves."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lmsolve import least_squares
+from lmsolve.legate import rows
+from lmsolve.legate._memory import require
+from tests.decay import X0, T, Y, jacobian, nearly_dependent, residual
+from tests.nist import digits, load
+
+pytestmark = pytest.mark.legate
+
+
+def reference(**options: Any) -> Any:
+    return least_squares(residual, X0, jacobian, args=(T, Y), **options)
+
+
+def cupynumeric() -> Any:
+    from lmsolve.legate._start import start
+
+    return start()
+
+
+def hosts() -> tuple[Any, ...]:
+    return (T, Y)
+
+
+def residents() -> tuple[Any, ...]:
+    xp = cupynumeric()
+    return (xp.array(T), xp.array(Y))
+
+
+def mixed() -> tuple[Any, ...]:
+    return (cupynumeric().array(T), Y)
+
+
+@pytest.mark.parametrize("data", [hosts, residents, mixed])
+def test_every_kind_of_data_gives_the_fit_of_numpy(data: Any) -> None:
+    expected = reference()
+    result = least_squares(rows(residual, jacobian, n=3, data=data()), X0)
+    np.testing.assert_allclose(result.x, expected.x, rtol=1e-12)
+    assert result.cost == pytest.approx(expected.cost, rel=1e-13)
+    assert (result.nfev, result.njev) == (expected.nfev, expected.njev)
+    np.testing.assert_allclose(result.standard_errors(), expected.standard_errors(), rtol=1e-9)
+
+
+def test_rows_made_from_their_numbers() -> None:
+    def numbered(x: Any, numbers: range) -> Any:
+        part = slice(numbers.start, numbers.stop)
+        return residual(x, T[part], Y[part]), jacobian(x, T[part], Y[part])
+
+    made = rows(lambda x, i: numbered(x, i)[0], numbered, m=len(T), n=3, block_rows=100)
+    np.testing.assert_allclose(least_squares(made, X0).x, reference().x, rtol=1e-12)
+
+
+def test_memory_map_is_read_block_by_block(tmp_path: Path) -> None:
+    np.save(tmp_path / "data.npy", np.stack([T, Y], axis=1))
+    table = np.load(tmp_path / "data.npy", mmap_mode="r")
+    widest = [0]
+
+    def fun(x: Any, block: Any) -> Any:
+        widest[0] = max(widest[0], len(block))
+        return residual(x, block[:, 0], block[:, 1])
+
+    def jac(x: Any, block: Any) -> Any:
+        return jacobian(x, block[:, 0], block[:, 1])
+
+    result = least_squares(rows(fun, jac, n=3, data=[table], block_rows=64), X0)
+    np.testing.assert_allclose(result.x, reference().x, rtol=1e-12)
+    assert widest[0] == 64
+
+
+def test_several_residuals_in_a_row() -> None:
+    def fun(x: Any, t: Any, y: Any) -> Any:
+        return np.stack([residual(x, t, y), 0.1 * (x[0] * t - y)], axis=1)
+
+    def jac(x: Any, t: Any, y: Any) -> Any:
+        second = np.zeros((len(t), 3))
+        second[:, 0] = 0.1 * t
+        return np.stack([jacobian(x, t, y), second], axis=1)
+
+    expected = least_squares(
+        lambda x: fun(x, T, Y).ravel(), X0, lambda x: jac(x, T, Y).reshape(-1, 3)
+    )
+    result = least_squares(rows(fun, jac, n=3, data=hosts()), X0)
+    np.testing.assert_allclose(result.x, expected.x, rtol=1e-12)
+
+
+@pytest.mark.parametrize("loss", ["huber", "soft_l1", "cauchy", "arctan"])
+def test_robust_losses(loss: str) -> None:
+    y = Y.copy()
+    y[::50] += 3.0
+    expected = least_squares(residual, X0, jacobian, args=(T, y), loss=loss, f_scale=0.1)
+    problem = rows(residual, jacobian, n=3, data=(T, y), loss=loss, f_scale=0.1)
+    result = least_squares(problem, X0)
+    np.testing.assert_allclose(result.x, expected.x, rtol=1e-9)
+    assert result.cost == pytest.approx(expected.cost, rel=1e-12)
+
+
+def test_bounds_and_held_parameters() -> None:
+    bounds = ([0.0, 0.0, 0.6], [2.0, 5.0, 2.0])
+    expected = reference(bounds=bounds)
+    result = least_squares(rows(residual, jacobian, n=3, data=hosts()), X0, bounds=bounds)
+    np.testing.assert_allclose(result.x, expected.x, rtol=1e-8)
+    fixed = [False, True, False]
+    held = least_squares(rows(residual, jacobian, n=3, data=hosts()), X0, fixed=fixed)
+    np.testing.assert_allclose(held.x, reference(fixed=fixed).x, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["Misra1a", "Thurber", "MGH09", "Eckerle4", "Rat43", "Hahn1"])
+def test_certified_values_from_both_starts(name: str) -> None:
+    nist = load(name)
+
+    def at(x: Any, i: range) -> Any:
+        return nist.fun(x)[i.start : i.stop], nist.jac(x)[i.start : i.stop]
+
+    for start in nist.starts:
+        sharded = rows(lambda x, i: at(x, i)[0], at, m=nist.m, n=nist.n, block_rows=7)
+        assert digits(least_squares(sharded, start).x, nist.certified) >= 9
+
+
+def test_ill_conditioned_rows_are_reduced_by_qr() -> None:
+    A, b = nearly_dependent()
+    sharded = rows(lambda x, A, b: A @ x - b, lambda x, A, b: A, n=4, data=(A, b), block_rows=60)
+    result = least_squares(sharded, np.zeros(4))
+    np.testing.assert_allclose(result.x, [1.0, 2.0, 3.0, 4.0], rtol=1e-6)
+    assert result.rank == 4
+
+
+def test_fewer_rows_than_processors_or_parameters() -> None:
+    one = rows(lambda x, i: x - 2.0, lambda x, i: np.eye(1), m=1, n=1)
+    assert least_squares(one, [1.0]).x == pytest.approx([2.0])
+    A = np.array([[1.0, 2.0, 3.0, 0.0], [0.0, 1.0, 1.0, 1.0]])
+    wide = rows(lambda x, A: A @ x - 1.0, lambda x, A: A, n=4, data=(A,))
+    expected = least_squares(lambda x: A @ x - 1.0, np.zeros(4), lambda x: A)
+    assert least_squares(wide, np.zeros(4)).cost == pytest.approx(expected.cost, abs=1e-20)
+
+
+def test_float32_blocks_are_summed_in_float64() -> None:
+    sharded = rows(residual, jacobian, n=3, data=(T.astype("f4"), Y.astype("f4")), dtype="float32")
+    np.testing.assert_allclose(least_squares(sharded, X0).x, reference().x, rtol=1e-5)
+
+
+def test_one_launch_per_trial_and_one_more_per_accepted_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sharded = rows(residual, jacobian, n=3, data=residents())
+    from lmsolve.legate import _tasks
+
+    launches, reads = [0], [0]
+    launch, read = _tasks.launch, _tasks.read
+
+    def counted_launch(*arguments: Any, **keywords: Any) -> Any:
+        launches[0] += 1
+        return launch(*arguments, **keywords)
+
+    def counted_read(store: Any) -> Any:
+        reads[0] += 1
+        return read(store)
+
+    monkeypatch.setattr(_tasks, "launch", counted_launch)
+    monkeypatch.setattr(_tasks, "read", counted_read)
+    result = least_squares(sharded, X0)
+    assert launches[0] == result.nfev + result.njev
+    assert reads[0] == result.nfev + 2 * result.njev
+
+
+def test_exception_of_the_user_comes_back_as_it_was() -> None:
+    class Refused(Exception):
+        pass
+
+    def fun(x: Any, t: Any, y: Any) -> Any:
+        if t[-1] == T[-1]:
+            raise Refused("the last shard")
+        return residual(x, t, y)
+
+    with pytest.raises(Refused, match="the last shard") as caught:
+        least_squares(rows(fun, jacobian, n=3, data=hosts()), X0)
+    assert "fun" in [entry.name for entry in caught.traceback]
+    result = least_squares(rows(residual, jacobian, n=3, data=hosts()), X0)
+    assert result.success
+
+
+def test_exception_of_jac_comes_back_too() -> None:
+    def jac(x: Any, t: Any, y: Any) -> Any:
+        raise ZeroDivisionError("in jac")
+
+    with pytest.raises(ZeroDivisionError, match="in jac"):
+        least_squares(rows(residual, jac, n=3, data=hosts()), X0)
+
+
+@pytest.mark.parametrize("trouble", ["nan", "singular"])
+def test_trouble_in_one_shard_rejects_the_step(trouble: str) -> None:
+    seen = []
+
+    def fun(x: Any, t: Any, y: Any) -> Any:
+        if x[1] > 1.25 and len(seen) < 2 and t[-1] == T[-1]:
+            seen.append(x[1])
+            if trouble == "singular":
+                raise np.linalg.LinAlgError("singular in a task")
+            return np.full_like(t, np.nan)
+        return residual(x, t, y)
+
+    result = least_squares(rows(fun, jacobian, n=3, data=hosts()), X0)
+    assert seen
+    assert sum(not trial.accepted for trial in result.history) >= len(seen)
+    np.testing.assert_allclose(result.x, reference().x, rtol=1e-9)
+
+
+def test_wrong_shapes_are_told() -> None:
+    with pytest.raises(ValueError, match=r"`fun_block` must return one residual or more"):
+        least_squares(rows(lambda x, t, y: x, jacobian, n=3, data=hosts()), X0)
+    with pytest.raises(ValueError, match=r"`jac_block` must return"):
+        least_squares(rows(residual, lambda x, t, y: np.ones((len(t), 2)), n=3, data=hosts()), X0)
+
+
+def test_bad_arguments_are_told_before_anything_runs() -> None:
+    with pytest.raises(ValueError, match="`m`, the number of rows"):
+        rows(residual, jacobian, n=3)
+    with pytest.raises(ValueError, match=r"`data` must have m = 5 rows"):
+        rows(residual, jacobian, n=3, m=5, data=hosts())
+    with pytest.raises(ValueError, match="`namespace` must be"):
+        rows(residual, jacobian, n=3, data=hosts(), namespace="jax")
+    with pytest.raises(ValueError, match="`loss` must be"):
+        rows(residual, jacobian, n=3, data=hosts(), loss="cubic")
+
+
+def test_memory_that_the_pool_lacks_is_refused_before_the_launch() -> None:
+    sharded = rows(lambda x, i: x[: len(i)], lambda x, i: None, m=100, n=40_000)
+    with pytest.raises(MemoryError, match=r"J'J and the data need 38.40 GB.*--sysmem"):
+        sharded.linearize(np.zeros(40_000), None)
+
+
+def test_the_option_to_raise_is_named_with_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEGATE_CONFIG", "--cpus 2 --sysmem 1000")
+    require(2**30 - 2**26, "sysmem", "Data")
+    with pytest.raises(MemoryError, match=r"Data need 2.15 GB .* has 1.05 GB: .* --sysmem 2253"):
+        require(2**31, "sysmem", "Data")
+
+
+def test_shards_of_one_process_run_at_the_same_time() -> None:
+    if cpus() < 2:
+        pytest.skip("one CPU")
+    together = threading.Barrier(2, timeout=30)
+
+    def fun(x: Any, i: range) -> Any:
+        together.wait()  # breaks if one shard waits for the other to end
+        return np.zeros(len(i))
+
+    assert rows(fun, fun, m=2, n=1, block_rows=1).residual(np.zeros(1)).cost == 0.0
+
+
+def cpus() -> int:
+    cupynumeric()
+    from legate.core import TaskTarget
+
+    from lmsolve.legate._tasks import processors
+
+    return processors(TaskTarget.CPU)
+
+
+class Network:
+    """A torch module behind `functional_call`, which two threads may not share."""
+
+    def __init__(self) -> None:
+        import torch
+
+        torch.manual_seed(0)
+        self.module = torch.nn.Sequential(
+            torch.nn.Linear(1, 5, dtype=torch.float64),
+            torch.nn.Tanh(),
+            torch.nn.Linear(5, 1, dtype=torch.float64),
+        )
+        self.threads: set[int] = set()
+
+    def flat(self) -> np.ndarray:
+        import torch
+
+        return torch.nn.utils.parameters_to_vector(self.module.parameters()).detach().numpy()
+
+    def fun(self, x: Any, t: Any, y: Any) -> Any:
+        import torch
+
+        self.threads.add(threading.get_ident())
+        assert len(self.threads) == 1, "one copy per thread"
+        parameters, start = {}, 0
+        for name, value in self.module.named_parameters():
+            parameters[name] = x[start : start + value.numel()].reshape(value.shape)
+            start += value.numel()
+        time.sleep(0)
+        return torch.func.functional_call(self.module, parameters, (t[:, None],))[:, 0] - y
+
+    def jac(self, x: Any, t: Any, y: Any) -> Any:
+        import torch
+
+        return torch.func.jacrev(self.fun)(x, t, y)
+
+
+def test_torch_modules_are_copied_for_each_thread() -> None:
+    import torch
+
+    network = Network()
+    x0 = network.flat()
+    sharded = rows(
+        network.fun, network.jac, n=x0.size, data=residents(), namespace="torch", block_rows=50
+    )
+    t, y = torch.from_numpy(T), torch.from_numpy(Y)
+    single = Network()
+    expected = least_squares(
+        lambda x: single.fun(torch.from_numpy(x), t, y).numpy(),
+        x0,
+        lambda x: single.jac(torch.from_numpy(x), t, y).numpy(),
+        max_nfev=3,
+    )
+    result = least_squares(sharded, x0, max_nfev=3)
+    assert network.threads == set()  # the original was never called
+    assert result.cost == pytest.approx(expected.cost, rel=1e-5)  # a rank-deficient network
+    r = single.fun(torch.from_numpy(result.x), t, y)
+    assert result.cost == pytest.approx(float(0.5 * r @ r), rel=1e-12)
+
+
+def test_torch_takes_host_data_and_losses() -> None:
+    import torch
+
+    def fun(x: Any, t: Any, y: Any) -> Any:
+        return x[0] * torch.exp(-x[1] * t) + x[2] - y
+
+    def jac(x: Any, t: Any, y: Any) -> Any:
+        e = torch.exp(-x[1] * t)
+        return torch.stack([e, -x[0] * t * e, torch.ones_like(t)], dim=1)
+
+    for options in ({}, {"loss": "huber", "f_scale": 0.01}):
+        sharded = rows(fun, jac, n=3, data=hosts(), namespace="torch", **options)
+        np.testing.assert_allclose(least_squares(sharded, X0).x, reference(**options).x, rtol=1e-9)
+
+
+def test_a_checkpoint_goes_on_from_where_it_was() -> None:
+    sharded = rows(residual, jacobian, n=3, data=hosts())
+    first = least_squares(sharded, X0, max_nfev=3)
+    result = least_squares(sharded, X0, resume=first.state)
+    np.testing.assert_allclose(result.x, reference().x, rtol=1e-10)
