@@ -19,7 +19,7 @@ from tests.decay import X0, T, Y, jacobian, residual
 #: A second per Legate operation and rank on a busy machine of two cores; a hang takes for ever.
 LIMIT = 540
 
-pytestmark = [pytest.mark.ranks, pytest.mark.timeout(LIMIT + 60)]
+pytestmark = pytest.mark.ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 
