@@ -658,7 +658,7 @@ def _tiny_record(history: list[Iteration]) -> Callable[..., None]:
 
     def record(*values: Any) -> None:
         polishing = values[8] if len(values) > 8 else False
-        history.append(Iteration(*values[:8], polishing, False))
+        history.append(Iteration(*(*values[:8], polishing, False)))
 
     return record
 

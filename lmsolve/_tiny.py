@@ -196,7 +196,8 @@ class Descent:
         self.nfev, self.njev, self.nit = state.nfev, state.njev, state.nit
         self.fired, self.value, self.limit = state.fired, 0.0, 0.0
         self.scale = None if state.scale is None else state.scale.tolist()
-        self.polished, self.trail = 0, ()
+        self.polished = 0
+        self.trail: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
 
     def run(self) -> LMState:
         """The state at which the run ended, or at which the general solver is to go on."""

@@ -34,11 +34,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_state": {"_damping", "_xp"},
     "_subproblem": {"_xp", "_linalg"},
     "_sparse": {"_linalg", "_subproblem"},
-    "_tiny": {"_xp", "_linalg", "_damping", "_state", "_subproblem"},
     "_problem": {"_xp", "_loss", "_bounds", "_numdiff", "_subproblem", "_sparse"},
     "_complex": {"_xp", "_problem"},
     "_trust": {"_xp", "_linalg", "_bounds", "_damping", "_subproblem"},
     "_lm": {"_xp", "_linalg", "_bounds", "_damping", "_problem", "_state", "_trust"},
+    "_tiny": {"_damping", "_lm", "_problem", "_state", "_subproblem", "_trust"},
     "_uncertainty": {"_xp", "_linalg"},
     "_report": {"_xp"},
     "_result": {"_xp", "_uncertainty", "_report"},
@@ -52,7 +52,7 @@ MAY_IMPORT |= {
     "_batched_lm": {"_xp", "_linalg", "_loss", "_batched_model"},
     "_batched": {"_xp", "_linalg", "_loss", "_batched_model", "_batched_lm", "tqdm"},
 }
-PLANNED = {"__main__", "_tiny"}
+PLANNED = {"__main__"}
 # Optional parts, each a folder: its files import one another (without cycles, as everywhere) and
 # these. Nothing above imports one of them at the top of a file.
 FOLDERS: dict[str, set[str]] = {

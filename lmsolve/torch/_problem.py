@@ -10,19 +10,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import array_api_compat.torch
 import torch
 from torch import Tensor
 
-from lmsolve._subproblem import NormalEquations, Subproblem
+from lmsolve._subproblem import Subproblem
 
 from . import _factors, _jacobian
 from ._jacobian import Plan, Point
 from ._network import Batch, Network
 from ._products import FactorProducts, GraphProducts
-from ._subproblems import MatrixFreeSubproblem, Products, WideSubproblem
+from ._subproblems import MatrixFreeSubproblem, NetworkEquations, Products, WideSubproblem
 from ._sums import DualKernel, NormalSums
 
 T = TypeVar("T")
@@ -116,7 +116,7 @@ class NetworkProblem:
         Constants of the fit.
     """
 
-    xp = array_api_compat.torch
+    xp: Any = array_api_compat.torch
 
     def __init__(self, network: Network, batch: Batch, plan: Plan, settings: Settings) -> None:
         self.network = network
@@ -204,7 +204,8 @@ class NetworkProblem:
         if self.settings.decay:
             gram.diagonal().add_(self.settings.decay)
             grad = grad + self.settings.decay * x.to(grad.dtype)
-        return NormalEquations(self.xp, gram.to(x.dtype), grad.to(x.dtype))
+        dtype = network.parameters.dtype
+        return NetworkEquations(self.xp, gram.to(x.dtype), grad.to(x.dtype), dtype)
 
     def _dual(self, x: Tensor, passes: list[_factors.Pending] | None) -> Subproblem:
         network, point = self.network, self._point(x)

@@ -1,8 +1,12 @@
-"""Damped steps of networks whose J is too wide, or too large, for the normal equations.
+"""Damped steps of networks: normal equations, and J only in products where it is wide or large.
 
-Both answer the question of `lmsolve._subproblem` with J only in products. Scales are one for each
-parameter tensor, not one for each parameter: the Gram matrix of a Linear layer's rows is then a
-product of two small matrices, and it is the size of the layers that differs by orders of magnitude.
+Networks have parameters that do nothing (a bias before batch normalisation, a dead unit) and
+combinations that do nothing. Their columns of J are zero or rounding noise, so scales have a floor,
+and a system that is positive definite only by its rounding errors counts as singular.
+
+In the wide and the matrix-free form scales are one for each parameter tensor, not one for each
+parameter: the Gram matrix of a Linear layer's rows is then a product of two small matrices, and it
+is the size of the layers that differs by orders of magnitude.
 
 A quadratic penalty `1/2 decay |x|^2` joins the damping: with `L = decay + mu / d^2` and
 `c = -decay x / L`, the step is `c + s` where s solves the penalty-free problem at `r + J c` damped
@@ -17,6 +21,38 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+
+from lmsolve._subproblem import NormalEquations
+
+
+class NetworkEquations(NormalEquations):
+    """Normal equations of a network whose J was computed in ``dtype``."""
+
+    def __init__(self, xp: Any, gram: Tensor, grad: Tensor, dtype: torch.dtype) -> None:
+        super().__init__(xp, gram, grad)
+        self.norms = floored(self.norms, dtype)
+        self._least = smallest_pivot(gram.shape[0], dtype)
+
+    def solve(self, mu: float, d: Tensor, start: Tensor | None = None) -> Tensor:
+        """Step p (n,); LinAlgError where the damped matrix is singular to working accuracy."""
+        p: Tensor = super().solve(mu, d, start)
+        if self.pivot < self._least:
+            raise np.linalg.LinAlgError("the normal equations are singular")
+        return p
+
+
+def floored(norms: Tensor, dtype: torch.dtype) -> Tensor:
+    """Column norms of at least the square root of the precision of the largest."""
+    floor = torch.finfo(dtype).eps ** 0.5 * norms.amax()
+    return torch.maximum(norms, floor)
+
+
+def smallest_pivot(size: int, dtype: torch.dtype) -> float:
+    """Squared pivot of a matrix of unit diagonal that says more than rounding.
+
+    Rounding of the rows (relative, in their dtype) enters squared, that of their sums as it is.
+    """
+    return float(max(size * torch.finfo(torch.float64).eps, (10 * torch.finfo(dtype).eps) ** 2))
 
 
 class Products(Protocol):
@@ -49,7 +85,7 @@ class Linearised:
         self._sizes = torch.tensor(np.diff(offsets), device=x.device)
         self._first = torch.tensor(offsets[:-1], device=x.device)
         self.grad = products.transposed(r).to(x.dtype) + decay * x
-        norms = (tensor_norms.to(x) ** 2 + decay).sqrt()
+        norms = floored((tensor_norms.to(x) ** 2 + decay).sqrt(), r.dtype)
         self.norms: Any = torch.repeat_interleave(norms, self._sizes)
 
     def reduction(self, p: Tensor) -> Tensor:
@@ -75,6 +111,9 @@ class WideSubproblem(Linearised):
         super().__init__(x, r, products, tensor_norms, offsets, decay)
         self._kernel = kernel
         self._cached: tuple[list[float], Tensor] | None = None
+        self._last: tuple[Tensor, Tensor, Tensor, float] | None = None
+        if decay == 0.0:  # with a penalty the kernel itself changes with mu
+            self.secular = self._secular
 
     def solve(self, mu: float, d: Tensor, start: Tensor | None = None) -> Tensor:
         """Step p (n,); LinAlgError where the damped kernel is not positive definite."""
@@ -97,13 +136,25 @@ class WideSubproblem(Linearised):
             self._cached = None  # the old kernel goes before the new one comes
             self._cached = (c, self._kernel(c))
         A = self._cached[1].clone()
+        size = A.diagonal().mean()
         A.diagonal().add_(shift)
         factor, info = torch.linalg.cholesky_ex(
             A, out=(A, torch.empty((), dtype=torch.int32, device=A.device))
         )
-        if int(info) != 0:  # a host read
-            raise np.linalg.LinAlgError("the damped dual equations are not positive definite")
-        return torch.cholesky_solve(r.to(A.dtype)[:, None], factor)[:, 0]
+        pivot = factor.diagonal().amin() ** 2 / size
+        # Host reads: they decide.
+        if int(info) != 0 or not float(pivot) >= smallest_pivot(len(A), self._r.dtype):
+            raise np.linalg.LinAlgError("the damped dual equations are singular")
+        r = r.to(A.dtype)
+        z = torch.cholesky_solve(r[:, None], factor)[:, 0]
+        self._last = (factor, r, z, shift)
+        return z
+
+    def _secular(self, p: Tensor, d: Tensor) -> Tensor:
+        """0-d `q' (A + mu I)^-1 q`, which is `(r - mu z)' (K + mu I)^-1 z`."""
+        assert self._last is not None
+        factor, r, z, mu = self._last
+        return (r - mu * z) @ torch.cholesky_solve(z[:, None], factor)[:, 0]
 
 
 class MatrixFreeSubproblem(Linearised):

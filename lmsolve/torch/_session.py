@@ -1,0 +1,275 @@
+"""A model under training: the solver's state, the batch it looks at, and one trial at a time.
+
+What `fit` and `LM` share. A batch and the dropout masks drawn for it are fixed from the first trial
+on it to the next call of `place`, so that accepting and rejecting compare like with like. Damping
+and scale outlive the batch, its cost does not.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from lmsolve._damping import Damping
+from lmsolve._lm import LevenbergMarquardt
+from lmsolve._state import LMState
+
+from ._jacobian import Plan, Point, choose
+from ._losses import Objective, ResidualFunction, from_loss, from_residual
+from ._network import Batch, Network
+from ._params import Parameters, fixed_random
+from ._problem import NetworkProblem, Settings, available_memory
+
+#: Ways to hold the linear algebra; each makes a problem of (network, batch, plan, settings).
+PROBLEMS: dict[str, Callable[[Network, Batch, Plan, Settings], NetworkProblem]] = {
+    "torch": NetworkProblem
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Constants of a session, as the user gave them."""
+
+    residual: ResidualFunction | None = None
+    loss: str | None = None
+    weight_decay: float = 0.0
+    memory: int | None = None
+    dtype: torch.dtype | None = None
+    linalg: str = "torch"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one trial did."""
+
+    cost: float
+    accepted: bool
+    ratio: float
+    damping: float
+    length: float
+
+
+class Session:
+    """A model, its parameters in the solver, and the current batch."""
+
+    def __init__(self, model: nn.Module, options: Options, solver: LevenbergMarquardt) -> None:
+        if options.linalg not in PROBLEMS:
+            raise ValueError(f"`linalg` must be one of {list(PROBLEMS)}, got {options.linalg!r}.")
+        if not options.weight_decay >= 0 or math.isinf(options.weight_decay):
+            raise ValueError(f"`weight_decay` must not be negative, got {options.weight_decay}.")
+        self.model = model
+        self.options = options
+        self.solver = solver
+        self.network = Network(
+            *_working_copy(model, options.dtype), _objective(options.residual, options.loss)
+        )
+        x0 = self.network.parameters.pack(self.network.module)
+        check_parameters(self.network.parameters, x0)
+        self.x0 = x0.to(torch.float64)
+        self.memory = options.memory or available_memory(x0.device) // 2
+        self.plans: dict[Any, Plan] = {}
+        self.problem: NetworkProblem | None = None
+        self.state: LMState | None = None
+        self.notes: list[str] = []
+        self._stochastic: bool | None = None
+
+    @property
+    def x(self) -> Tensor:
+        """Current parameters (n,) in float64."""
+        if self.state is None:
+            return self.x0
+        x: Tensor = self.state.x
+        return x
+
+    def place(self, batch: Batch, number: int) -> None:
+        """Look at a batch; ``number`` seeds its masks."""
+        if self._stochastic is None:
+            self._stochastic = is_stochastic(self.network, self._point(batch, None), batch)
+        settings = self._settings(batch, self._mask_seed(number))
+        plan = self._plan(batch, settings)
+        self.problem = PROBLEMS[self.options.linalg](self.network, batch, plan, settings)
+        if self.state is None:
+            self.state = self.solver.init(self.problem, self.x0)
+        else:
+            self.state = self.solver.resume(self.problem, self.state)
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether the model draws random numbers."""
+        return bool(self._stochastic)
+
+    def trial(self) -> Trial:
+        """One trial on the current batch."""
+        assert self.problem is not None and self.state is not None
+        before = self.state.nit
+        self.state = self.solver.step(self.problem, self.state)
+        self._keep_plan()
+        return Trial(
+            cost=self.state.cost,
+            accepted=self.state.nit > before,
+            ratio=self.state.ratio,
+            damping=self.state.damping.mu,
+            length=self.state.length,
+        )
+
+    def cost_of(self, batch: Batch, x: Tensor, number: int = 0) -> float:
+        """Cost of any samples at x (n,), under the masks of a batch of that number."""
+        settings = self._settings(batch, self._mask_seed(number))
+        problem = PROBLEMS[self.options.linalg](
+            self.network, batch, self._plan(batch, settings), settings
+        )
+        return float(problem.cost(problem.residual(x)))
+
+    def load(self, x: Tensor) -> None:
+        """Leave x (n,) in the model."""
+        Parameters.of(self.model).load(self.model, x)
+
+    def update_statistics(self) -> None:
+        """Running statistics of the model (batch normalisation) after an accepted step."""
+        if not any(
+            m.training and getattr(m, "track_running_stats", False) for m in self.model.modules()
+        ):
+            return
+        assert self.problem is not None
+        batch, module = self.problem.batch, self.network.module
+        args = batch.inputs if isinstance(batch.inputs, tuple) else (batch.inputs,)
+        with torch.no_grad(), fixed_random(0, self.x.device):
+            functional_call(module, self.network.parameters.unpack(self.x), args)
+        if module is not self.model:
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(module.get_buffer(name))
+
+    def _mask_seed(self, number: int) -> int | None:
+        return (self.options.seed << 20) + number if self._stochastic else None
+
+    def _settings(self, batch: Batch, seed: int | None) -> Settings:
+        scale = 1.0 if self.network.objective.name == "residual" else 1.0 / batch.size
+        return Settings(scale, self.options.weight_decay, self.memory, seed)
+
+    def _point(self, batch: Batch, seed: int | None) -> Point:
+        settings = self._settings(batch, seed)
+        return Point(self.network.parameters.unpack(self.x), settings.scale, seed)
+
+    def _plan(self, batch: Batch, settings: Settings) -> Plan:
+        """The plan for batches of this shape; a smaller last batch shares it if it can."""
+        shapes = tuple(
+            tuple(a.shape[1:]) if isinstance(a, Tensor) else None
+            for a in pytree.tree_leaves((batch.inputs, batch.targets))
+        )
+        key = next((k for k in self.plans if k[0] == shapes and k[1] in (None, batch.size)), None)
+        if key is None:
+            point = Point(self.network.parameters.unpack(self.x), settings.scale, settings.seed)
+            plan = choose(self.network, batch, point, self.memory // 4)
+            key = (shapes, batch.size if plan.coupled else None)
+            self.plans[key] = plan
+            if plan.note and plan.note not in self.notes:
+                self.notes.append(plan.note)
+        self._key = key
+        return self.plans[key]
+
+    def _keep_plan(self) -> None:
+        """Remember that blocks had to be halved."""
+        assert self.problem is not None
+        if self.problem.plan is not self.plans[self._key]:
+            self.plans[self._key] = self.problem.plan
+
+    def snapshot(self) -> dict[str, Any]:
+        """What a checkpoint needs, in plain types and tensors."""
+        assert self.state is not None
+        kept = {**self.state._replace(point=None)._asdict(), "damping": [*self.state.damping]}
+        return {
+            "state": kept,
+            "plans": [(key, vars(plan).copy()) for key, plan in self.plans.items()],
+            "stochastic": self._stochastic,
+            "buffers": {k: v.clone() for k, v in self.network.module.named_buffers()},
+            "names": list(self.network.parameters.names),
+            "shapes": [tuple(s) for s in self.network.parameters.shapes],
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Take up a snapshot of a model of the same layout; `place` comes next."""
+        shapes = [tuple(s) for s in self.network.parameters.shapes]
+        if saved["names"] != list(self.network.parameters.names) or saved["shapes"] != shapes:
+            raise ValueError(
+                "The checkpoint must belong to a model of the same trainable parameters: it holds "
+                f"{len(saved['names'])} tensors, {sum(math.prod(s) for s in saved['shapes'])} "
+                f"values; the model has {len(shapes)} tensors, {self.network.parameters.n} values."
+            )
+        state = dict(saved["state"])
+        device = self.x0.device
+        state["damping"] = Damping(*state["damping"])
+        state["x"] = state["x"].to(device)
+        state["scale"] = None if state["scale"] is None else state["scale"].to(device)
+        self.state = LMState(**state)
+        self.plans = {key: Plan(**plan) for key, plan in saved["plans"]}
+        self._stochastic = saved["stochastic"]
+        with torch.no_grad():
+            for name, value in saved["buffers"].items():
+                self.network.module.get_buffer(name).copy_(value)
+
+
+def _working_copy(model: nn.Module, dtype: torch.dtype | None) -> tuple[nn.Module, Parameters]:
+    """The module to evaluate: the model itself, or a copy in another dtype."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
+    parameters = Parameters.of(model)
+    if dtype is None or dtype == parameters.dtype:
+        return model, parameters
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"`dtype` must be torch.float32 or torch.float64, got {dtype}.")
+    module = copy.deepcopy(model).to(dtype)
+    return module, replace(parameters, dtype=dtype)
+
+
+def _objective(residual: ResidualFunction | None, loss: str | None) -> Objective:
+    if residual is not None and loss is not None:
+        raise ValueError("Give `residual` or `loss`, not both.")
+    if residual is not None and not callable(residual):
+        raise TypeError(f"`residual` must be callable, got {type(residual).__name__}.")
+    return from_residual(residual) if loss is None else from_loss(loss)
+
+
+def check_parameters(parameters: Parameters, x: Tensor) -> None:
+    """ValueError where the model's values are not finite."""
+    if bool(x.isfinite().all()):
+        return
+    for index, name in enumerate(parameters.names):
+        bad = int((~x[parameters.span(index)].isfinite()).sum())
+        if bad:
+            raise ValueError(
+                f"`model` must have finite parameters, got {bad} NaN or infinite values in {name}."
+            )
+
+
+def is_stochastic(network: Network, point: Point, batch: Batch) -> bool:
+    """Whether two calls differ; ValueError if they do so for the same random numbers."""
+    probe = batch.block(0, 32)
+
+    def differs(seed: int | None) -> bool:
+        a, b = (network.judge(point.tensors, probe, 1.0, seed).rows.detach() for _ in range(2))
+        return not bool(torch.equal(a, b) or (a.isnan() & b.isnan() | (a == b)).all())
+
+    if not differs(None):
+        return False
+    if differs(0):
+        raise ValueError(
+            "`model` must give the same output for the same data and random numbers, and it does "
+            "not: steps cannot be accepted or rejected. Use `model.eval()`."
+        )
+    return True
+
+
+def warn_notes(notes: list[str]) -> None:
+    """Tell once what slows a model down."""
+    for note in notes:
+        warnings.warn(note, UserWarning, stacklevel=3)
