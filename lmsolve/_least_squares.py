@@ -26,6 +26,7 @@ from ._problem import (
 )
 from ._result import Context, LeastSquaresResult
 from ._state import LMState
+from ._subproblem import dense_subproblem
 from ._tiny import PARAMETERS as TINY
 from ._tiny import Descent
 from ._xp import (
@@ -35,6 +36,7 @@ from ._xp import (
     convert,
     eps,
     is_complex,
+    is_cupynumeric,
     is_numpy,
     to_floats,
     to_numpy,
@@ -221,11 +223,14 @@ def least_squares(
             fun, x0, jac, bounds, method, ftol, xtol, gtol, x_scale, loss, f_scale, diff_step,
             tr_solver, tr_options, jac_sparsity, max_nfev, verbose, args, kwargs, callback, workers,
         )  # fmt: skip
+    _validate.one_of(backend, "backend", _validate.BACKENDS)
+    placement: Any = None
+    if backend is not None or is_cupynumeric(x0):
+        from .legate._arrays import place
+
+        placement = place(fun, x0, jac, callback, backend)
+        fun, x0, jac, callback = placement.fun, placement.x0, placement.jac, placement.callback
     x = _validate.parameters(x0)
-    if backend is not None or not is_numpy(array_namespace(x)):
-        moved = _moved(fun, x, jac, backend)
-        if moved is not None:
-            fun, x, jac = moved
     options = Options(
         jac=jac,
         loss=loss,
@@ -235,8 +240,9 @@ def least_squares(
         tr_options=tr_options,
         jac_sparsity=jac_sparsity,
         workers=workers,
+        dense=dense_subproblem if placement is None else placement.dense,
     )
-    return _Fit(fun, x, bounds, fixed, args, kwargs, options, names).run(
+    result = _Fit(fun, x, bounds, fixed, args, kwargs, options, names).run(
         tolerances=(ftol, xtol, gtol),
         x_scale=x_scale,
         max_nfev=max_nfev,
@@ -245,6 +251,7 @@ def least_squares(
         callback=callback,
         resume=resume,
     )
+    return result if placement is None else placement.finish(result)
 
 
 class Options(NamedTuple):
@@ -258,6 +265,7 @@ class Options(NamedTuple):
     tr_options: Any = None
     jac_sparsity: Any = None
     workers: Any = None
+    dense: Any = dense_subproblem
 
 
 class _Fit:
@@ -388,6 +396,7 @@ class _Fit:
             sparsity=sparsity,
             linear_solver=self._linear_solver(),
             precision=precision,
+            dense=o.dense,
             m=r0.shape[0],
             nfev=1,
         )
@@ -728,12 +737,6 @@ class _workers:
         if self._pool is not None:
             self._pool.close()
             self._pool.join()
-
-
-def _moved(fun: Any, x: Array, jac: Any, backend: str | None) -> tuple[Any, Array, Any] | None:
-    """fun, x0 and jac for the backend that is asked for, or None to leave them as they are."""
-    _validate.one_of(backend, "backend", (None, "auto", "numpy", "cupynumeric"))
-    return None
 
 
 def _scipy(*arguments: Any) -> LeastSquaresResult:

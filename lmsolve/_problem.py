@@ -17,7 +17,16 @@ from ._loss import Loss
 from ._numdiff import Differences
 from ._subproblem import NormalEquations, Rows, Subproblem, dense_subproblem
 from ._subproblem import gram as gram_of
-from ._xp import Array, Namespace, array_namespace, is_numpy, sum_squares, to_floats, to_numpy
+from ._xp import (
+    Array,
+    Namespace,
+    array_namespace,
+    is_cupynumeric,
+    is_numpy,
+    sum_squares,
+    to_floats,
+    to_numpy,
+)
 
 
 class LeastSquaresProblem(Protocol):
@@ -170,6 +179,8 @@ class Problem:
         A robust loss; None is the plain sum of squares.
     sparsity : Sparsity or None
         Structure of the Jacobian to difference in groups of columns.
+    dense : callable
+        Makes the subproblem of a dense Jacobian.
     """
 
     xp: Namespace
@@ -179,6 +190,7 @@ class Problem:
     loss: Loss | None = None
     sparsity: _numdiff.Sparsity | None = None
     linear_solver: Any = None
+    dense: Callable[..., Subproblem] = dense_subproblem
     norms_needed: bool = False
     precision: float = 2.0**-52
     m: int | None = None
@@ -235,7 +247,7 @@ class Problem:
         if self.loss is not None:
             w, r = self.loss.weights(self.xp, r)
         if is_dense(J) and (self.linear_solver is None or self.linear_solver[0] != "lsmr"):
-            return dense_subproblem(self.xp, J, r, w)
+            return self.dense(self.xp, J, r, w)
         return self._iterative(J, r, w)
 
     def _iterative(self, J: Any, r: Array, w: Array | None) -> Subproblem:
@@ -293,7 +305,7 @@ class Problem:
         if J is None:
             raise TypeError("`jac` must return the Jacobian, got None.")
         if is_numpy(self.xp):
-            J = as_jacobian(J, x.dtype)
+            J = J if is_cupynumeric(J) else as_jacobian(J, x.dtype)  # that one stays where it is
         elif array_namespace(J) is not self.xp:
             raise TypeError(
                 f"`jac` must return an array of the library of `x0`, {self.xp.__name__}, "

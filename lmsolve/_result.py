@@ -12,7 +12,7 @@ from scipy.optimize import OptimizeResult
 
 from . import _uncertainty
 from ._uncertainty import Curvature, Uncertainty
-from ._xp import to_numpy
+from ._xp import is_numpy, to_numpy
 
 
 @dataclass(frozen=True)
@@ -241,9 +241,10 @@ class LeastSquaresResult(OptimizeResult):  # type: ignore[misc]  # SciPy has no 
             J = to_numpy(J)
         scores = raw = None
         if context.loss is not None and self.fun is not None and J is not None:
-            w, r_w = context.loss.weights(context.xp, self.fun)
+            r = to_numpy(self.fun) if is_numpy(context.xp) else self.fun
+            w, r_w = context.loss.weights(context.xp, r)
             raw, scores = J, to_numpy(w) * to_numpy(r_w)
-            w = to_numpy(context.loss.curvature_weights(context.xp, self.fun))
+            w = to_numpy(context.loss.curvature_weights(context.xp, r))
             J = J.multiply(w[:, None]) if hasattr(J, "tocsr") else J * w[:, None]
         return Curvature(
             rows=J.tocsr() if hasattr(J, "tocsr") else J,

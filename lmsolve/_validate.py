@@ -15,6 +15,7 @@ from ._xp import Array, all_finite, array_namespace, convert, is_array, is_numpy
 
 METHODS = ("lm", "trf", "dogbox")
 DIFFERENCES = ("2-point", "3-point", "cs")
+BACKENDS = (None, "auto", "numpy", "cupynumeric")
 TR_SOLVERS = (None, "exact", "lsmr")
 LSMR_OPTIONS = ("atol", "btol", "maxiter", "regularize")
 

@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }  # fmt: skip
 CORE = set(MAY_IMPORT) - {"__init__", "__main__"}
 MAY_IMPORT |= {
-    "_least_squares": CORE,
+    "_least_squares": CORE | {"legate/_arrays"},
     "_curve_fit": CORE | {"_least_squares"},
     "_check_jac": CORE | {"_curve_fit"},
     "_batched_model": {"_xp", "_linalg", "_loss", "torch"},

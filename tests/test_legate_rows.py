@@ -314,15 +314,10 @@ def test_torch_modules_are_copied_for_each_thread() -> None:
     )
     t, y = torch.from_numpy(T), torch.from_numpy(Y)
     single = Network()
-    expected = least_squares(
-        lambda x: single.fun(torch.from_numpy(x), t, y).numpy(),
-        x0,
-        lambda x: single.jac(torch.from_numpy(x), t, y).numpy(),
-        max_nfev=3,
-    )
-    result = least_squares(sharded, x0, max_nfev=3)
+    J = single.jac(torch.from_numpy(x0), t, y).numpy()
+    np.testing.assert_allclose(sharded.linearize(x0).gram, J.T @ J, rtol=1e-12, atol=1e-9)
+    result = least_squares(sharded, x0, max_nfev=10)
     assert network.threads == set()  # the original was never called
-    assert result.cost == pytest.approx(expected.cost, rel=1e-5)  # a rank-deficient network
     r = single.fun(torch.from_numpy(result.x), t, y)
     assert result.cost == pytest.approx(float(0.5 * r @ r), rel=1e-12)
 

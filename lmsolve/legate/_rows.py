@@ -113,7 +113,7 @@ def rows(
     if m < 1 or n < 1:
         raise ValueError(f"`m` and `n` must be positive, got {m} and {n}.")
     rho = LOSSES[loss]
-    functions = _Functions(
+    functions = BlockFunctions(
         fun_block,
         jac_block,
         n=n,
@@ -136,16 +136,21 @@ class RowProblem:
 
     xp: Namespace = np
 
-    def __init__(self, functions: _Functions, m: int, data: tuple[Array, ...]) -> None:
+    def __init__(self, functions: BlockFunctions, m: int, data: tuple[Array, ...]) -> None:
         start()
         from . import _tasks
 
-        self.m, self.n = m, functions.n
+        self.n = functions.n
         self.nfev = self.njev = 0
         self._functions = functions
         self._tasks = _tasks
-        self._layout = _Layout(m, data, functions.blocks.gpu)
         self._sums: Any = None
+        self.place(m, data)
+
+    def place(self, m: int, data: tuple[Array, ...]) -> None:
+        """Go over to other rows."""
+        self.m = m
+        self._layout = Layout(m, data, self._functions.blocks.gpu)
 
     def residual(self, x: np.ndarray) -> Evaluated:
         """The cost at x (n,): one launch, one read."""
@@ -157,32 +162,32 @@ class RowProblem:
         """The cost of what `residual` returned."""
         return r.cost
 
-    def linearize(self, x: np.ndarray, r: Evaluated) -> NormalEquations:
+    def linearize(self, x: np.ndarray, r: Evaluated | None = None) -> NormalEquations:
         """The sums of J at x (n,): one launch, one read of n^2 + n numbers."""
         self.njev += 1
         n = self.n
         self._launch(_SumsJob(self._functions, self._layout, x), x, (self._sum_store(),))
-        sums = self._tasks.read(self._sum_store())
+        sums = self._tasks.read(self._sum_store()).astype(x.dtype, copy=False)
         gram, grad = sums[: n * n].reshape(n, n), sums[n * n :]
-        rows = ReducedRows(self, np.array(x))
+        rows = ReducedRows(self, self._layout, np.array(x))
         return NormalEquations(np, gram, grad, cast(Rows, rows))
 
-    def triangle(self, x: np.ndarray) -> np.ndarray:
+    def triangle(self, layout: Layout, x: np.ndarray) -> np.ndarray:
         """Triangular factor (n + 1, n + 1) of ``[J, r]`` at x (n,): one launch, one read."""
         from legate.core import get_legate_runtime, types
 
-        shards, size = self._layout.shards, (self.n + 1) ** 2
+        shards, size = layout.shards, (self.n + 1) ** 2
         _memory.require(
-            8 * size * (shards + 1) + self._layout.resident,
-            self._layout.option,
+            8 * size * (shards + 1) + layout.resident,
+            layout.option,
             "The triangular factors of the shards and the data",
         )
         factors = get_legate_runtime().create_store(types.float64, (shards, size))
-        job = _TriangleJob(self._functions, self._layout, x)
+        job = _TriangleJob(self._functions, layout, x)
         self._launch(job, x, (), (factors.partition_by_tiling((1, size)),))
         stacked = self._tasks.read(factors).reshape(shards * (self.n + 1), self.n + 1)
         factor: np.ndarray = np.linalg.qr(stacked, mode="r")  # type: ignore[assignment]
-        return factor
+        return factor.astype(x.dtype, copy=False)
 
     def _launch(
         self,
@@ -191,7 +196,7 @@ class RowProblem:
         sums: tuple[Any, ...] = (),
         outputs: tuple[Any, ...] = (),
     ) -> np.ndarray:
-        layout = self._layout
+        layout = job.layout
         status = self._tasks.launch(job, layout.shards, layout.target, layout.parts, outputs, sums)
         if not (status[:, 1] == _checksum(x)).all():
             raise RuntimeError(
@@ -225,12 +230,12 @@ class ReducedRows:
     xp: Namespace = np
     weights = None
 
-    def __init__(self, problem: RowProblem, x: np.ndarray) -> None:
-        self._problem, self._x = problem, x
+    def __init__(self, problem: RowProblem, layout: Layout, x: np.ndarray) -> None:
+        self._problem, self._layout, self._x = problem, layout, x
 
     @cached_property
     def _triangle(self) -> np.ndarray:
-        return self._problem.triangle(self._x)
+        return self._problem.triangle(self._layout, self._x)
 
     @property
     def J(self) -> np.ndarray:
@@ -255,7 +260,7 @@ class ReducedRows:
         return self.r if start is None else self.r + self.J @ start
 
 
-class _Layout:
+class Layout:
     """Which rows each processor holds, and the parts of the resident data."""
 
     def __init__(self, m: int, data: tuple[Array, ...], gpu: bool) -> None:
@@ -289,7 +294,7 @@ class _Layout:
         return index * self.tile, min((index + 1) * self.tile, self.m)
 
 
-class _Functions:
+class BlockFunctions:
     """The user's two functions over one block of rows, with the loss."""
 
     def __init__(
@@ -345,8 +350,8 @@ class _Functions:
 class _RowJob:
     """What a task does with its shard, at one x."""
 
-    def __init__(self, functions: _Functions, layout: _Layout, x: np.ndarray) -> None:
-        self._functions, self._layout, self._x = functions, layout, x
+    def __init__(self, functions: BlockFunctions, layout: Layout, x: np.ndarray) -> None:
+        self._functions, self.layout, self._x = functions, layout, x
 
     def __call__(self, shard: _tasks.Shard) -> tuple[float, float, float]:
         """The shard's part of the cost, and a checksum of the parameters it used."""
@@ -359,8 +364,8 @@ class _RowJob:
 
     def _blocks(self, shard: _tasks.Shard) -> Iterator[tuple[tuple[Any, ...], int]]:
         """The arguments of the functions for each block of the shard, and its number of rows."""
-        blocks, data = self._functions.blocks, self._layout.data
-        first, end = self._layout.bounds(shard.index)
+        blocks, data = self._functions.blocks, self.layout.data
+        first, end = self.layout.bounds(shard.index)
         stores = iter(shard.inputs)
         views = [blocks.resident(next(stores)) if is_cupynumeric(a) else None for a in data]
         for i in range(first, end, self._functions.block_rows):

@@ -1,0 +1,213 @@
+"""cuPyNumeric arrays, and `backend`, in `least_squares`: the same call, the same result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lmsolve import curve_fit, least_squares
+from tests.decay import X0, T, Y, jacobian, nearly_dependent, residual
+from tests.nist import NAMES, digits, load
+
+pytestmark = pytest.mark.legate
+
+
+@pytest.fixture(scope="module")
+def xp() -> Any:
+    from lmsolve.legate._start import start
+
+    return start()
+
+
+@pytest.fixture(params=[None, "cupynumeric", "numpy", "auto"])
+def backend(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+class Decay:
+    """The fit on arrays of a library, whose functions check what they are given."""
+
+    def __init__(self, xp: Any) -> None:
+        self.xp, self.t, self.y = xp, xp.array(T), xp.array(Y)
+
+    def fun(self, x: Any) -> Any:
+        assert isinstance(x, self.xp.ndarray)
+        return x[0] * self.xp.exp(-x[1] * self.t) + x[2] - self.y
+
+    def jac(self, x: Any) -> Any:
+        assert isinstance(x, self.xp.ndarray)
+        e = self.xp.exp(-x[1] * self.t)
+        return self.xp.stack([e, -x[0] * self.t * e, self.xp.ones_like(self.t)], axis=1)
+
+
+def reference(**options: Any) -> Any:
+    return least_squares(residual, X0, jacobian, args=(T, Y), **options)
+
+
+def host(a: Any) -> np.ndarray:
+    return np.asarray(a)
+
+
+def test_arrays_in_arrays_out(xp: Any, backend: Any) -> None:
+    decay = Decay(xp)
+    result = least_squares(decay.fun, xp.array(X0), decay.jac, backend=backend)
+    expected = reference()
+    for name in ("x", "fun", "jac", "grad"):
+        assert isinstance(result[name], xp.ndarray), name
+        assert result[name].dtype == np.float64
+    np.testing.assert_allclose(host(result.x), expected.x, rtol=1e-11)
+    np.testing.assert_allclose(host(result.fun), expected.fun, atol=1e-12)
+    np.testing.assert_allclose(host(result.jac), expected.jac, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(result.standard_errors(), expected.standard_errors(), rtol=1e-8)
+    np.testing.assert_allclose(
+        result.confidence_intervals(), expected.confidence_intervals(), rtol=1e-6
+    )
+    assert "x[2]" in str(result)
+
+
+@pytest.mark.parametrize("jac", ["2-point", "3-point"])
+def test_differences(xp: Any, backend: Any, jac: str) -> None:
+    decay = Decay(xp)
+    result = least_squares(decay.fun, xp.array(X0), jac, backend=backend)
+    np.testing.assert_allclose(host(result.x), reference().x, rtol=1e-7)
+
+
+def test_float32_stays_float32(xp: Any, backend: Any) -> None:
+    t, y = xp.array(T.astype("f4")), xp.array(Y.astype("f4"))
+    result = least_squares(
+        lambda x: x[0] * xp.exp(-x[1] * t) + x[2] - y, xp.array(X0.astype("f4")), backend=backend
+    )
+    assert result.x.dtype == np.float32
+    assert result.fun.dtype == np.float32
+    np.testing.assert_allclose(host(result.x), reference().x, rtol=1e-3)
+
+
+@pytest.mark.parametrize("loss", ["huber", "soft_l1", "cauchy"])
+def test_losses(xp: Any, backend: Any, loss: str) -> None:
+    decay = Decay(xp)
+    result = least_squares(
+        decay.fun, xp.array(X0), decay.jac, loss=loss, f_scale=0.01, backend=backend
+    )
+    expected = reference(loss=loss, f_scale=0.01)
+    np.testing.assert_allclose(host(result.x), expected.x, rtol=1e-8)
+    np.testing.assert_allclose(result.standard_errors(), expected.standard_errors(), rtol=1e-6)
+
+
+def test_bounds_of_either_library(xp: Any, backend: Any) -> None:
+    decay = Decay(xp)
+    lb, ub = np.array([0.0, 0.0, 0.6]), np.array([2.0, 5.0, 2.0])
+    expected = reference(bounds=(lb, ub))
+    for bounds in ((lb, ub), (xp.array(lb), xp.array(ub))):
+        result = least_squares(decay.fun, xp.array(X0), decay.jac, bounds=bounds, backend=backend)
+        np.testing.assert_allclose(host(result.x), expected.x, rtol=1e-8)
+        np.testing.assert_array_equal(result.active_mask, expected.active_mask)
+
+
+def test_fewer_residuals_than_parameters(xp: Any, backend: Any) -> None:
+    A = np.random.default_rng(0).standard_normal((3, 6))
+    b = xp.array(A)
+    result = least_squares(lambda x: b @ x - 1.0, xp.zeros(6), lambda x: b, backend=backend)
+    assert result.cost < 1e-20
+    expected = least_squares(lambda x: A @ x - 1.0, np.zeros(6), lambda x: A)
+    np.testing.assert_allclose(host(result.x), expected.x, rtol=1e-8, atol=1e-10)
+
+
+def test_streamed_blocks(xp: Any, backend: Any) -> None:
+    decay = Decay(xp)
+    parts = [slice(i, i + 100) for i in range(0, len(T), 100)]
+    result = least_squares(
+        lambda x: (decay.fun(x)[part] for part in parts),
+        xp.array(X0),
+        lambda x: ((decay.fun(x)[part], decay.jac(x)[part]) for part in parts),
+        backend=backend,
+    )
+    np.testing.assert_allclose(host(result.x), reference().x, rtol=1e-11)
+
+
+def test_arguments_callback_and_checkpoint(xp: Any, backend: Any) -> None:
+    t, y = xp.array(T), xp.array(Y)
+    seen = []
+
+    def fun(x: Any, t: Any, y: Any, *, sign: float) -> Any:
+        return sign * (x[0] * xp.exp(-x[1] * t) + x[2] - y)
+
+    options: Any = {"args": (t, y), "kwargs": {"sign": -1.0}, "backend": backend}
+    first = least_squares(fun, xp.array(X0), max_nfev=3, callback=seen.append, **options)
+    assert seen
+    assert all(isinstance(x, xp.ndarray) for x in seen)
+    result = least_squares(fun, xp.array(X0), resume=first.state, **options)
+    np.testing.assert_allclose(host(result.x), reference().x, rtol=1e-7)
+
+
+def test_pair_of_residuals_and_jacobian(xp: Any, backend: Any) -> None:
+    decay = Decay(xp)
+    result = least_squares(
+        lambda x: (decay.fun(x), decay.jac(x)), xp.array(X0), jac=True, backend=backend
+    )
+    np.testing.assert_allclose(host(result.x), reference().x, rtol=1e-11)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("Nelson", "MGH10")])
+def test_certified_values_with_the_sums_taken_by_legate(name: str) -> None:
+    nist = load(name)
+    result = least_squares(nist.fun, nist.starts[1], nist.jac, backend="cupynumeric")
+    expected = digits(least_squares(nist.fun, nist.starts[1], nist.jac).x, nist.certified)
+    assert digits(result.x, nist.certified) >= min(expected, 9) - 0.5
+
+
+def test_numpy_functions_with_the_sums_taken_by_legate() -> None:
+    result = least_squares(residual, X0, jacobian, args=(T, Y), backend="cupynumeric")
+    assert type(result.x) is np.ndarray
+    np.testing.assert_allclose(result.x, reference().x, rtol=1e-12)
+    differenced = least_squares(residual, X0, args=(T, Y), backend="cupynumeric")
+    np.testing.assert_allclose(differenced.x, reference().x, rtol=1e-7)
+
+
+def test_ill_conditioned_jacobian_goes_over_to_qr(xp: Any) -> None:
+    A, b = nearly_dependent()
+    for a, c, x0 in ((A, b, np.ones(4)), (xp.array(A), xp.array(b), xp.ones(4))):
+        result = least_squares(
+            lambda x, a=a, c=c: a @ x - c, x0, lambda x, a=a: a, backend="cupynumeric"
+        )
+        np.testing.assert_allclose(host(result.x), [1.0, 2.0, 3.0, 4.0], rtol=1e-6)
+
+
+def test_a_large_product_goes_to_legate_and_a_small_one_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from lmsolve.legate import _tasks
+
+    launches = [0]
+    launch = _tasks.launch
+
+    def counted(*arguments: Any, **keywords: Any) -> Any:
+        launches[0] += 1
+        return launch(*arguments, **keywords)
+
+    monkeypatch.setattr(_tasks, "launch", counted)
+    A = np.random.default_rng(0).standard_normal((60_000, 100))
+    b = A @ np.arange(100.0)
+    result = least_squares(
+        lambda x: A @ x - b, np.ones(100), lambda x: A, backend="auto", max_nfev=2
+    )
+    assert launches[0] == result.njev
+    launches[0] = 0
+    reference(backend="auto")
+    assert launches[0] == 0
+
+
+def test_curve_fit_on_cupynumeric_data(xp: Any) -> None:
+    def model(t: Any, a: Any, b: Any, c: Any) -> Any:
+        return a * xp.exp(-b * t) + c
+
+    popt, pcov = curve_fit(model, xp.array(T), xp.array(Y), X0)
+    expected, covariance = curve_fit(lambda t, a, b, c: a * np.exp(-b * t) + c, T, Y, X0)
+    np.testing.assert_allclose(host(popt), expected, rtol=1e-7)
+    np.testing.assert_allclose(host(pcov), covariance, rtol=1e-4)
+
+
+def test_unknown_backend_is_told() -> None:
+    with pytest.raises(ValueError, match=r"`backend` must be one of None, 'auto'"):
+        reference(backend="cuda")
