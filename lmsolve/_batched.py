@@ -24,14 +24,13 @@ from scipy.optimize import OptimizeResult
 
 from ._batched_lm import NOT_FINITE, RUNNING, STALLED, Fits, Limits, Loop, fresh, invert, join, take
 from ._batched_model import (
+    ByTorch,
     Derivative,
     Function,
     Model,
-    automatic,
     central,
     device_of,
     forward,
-    load_forward_mode,
     supplied,
 )
 from ._loss import LOSSES, Loss
@@ -247,13 +246,14 @@ def curve_fit_many(
             waiting = iter(args)
             at = [next(waiting) if a.shape[0] > 1 else a[0, :] for a in xs]
             x = tuple(at) if isinstance(xdata, tuple) else at[0]
-            return function(x, *[row[:, None] for row in rows])
+            return function(x, *[row if row.ndim == 2 else row[:, None] for row in rows])
 
         return evaluate
 
     options = _options(xp, y, jac, ftol, xtol, gtol, max_nit, memory, workers, progress)
     lower, upper = _bounds(xp, bounds, start)
-    model = Model(call(f), m, "f", per_fit, y, weight, keep, lower, upper, _loss(loss, f_scale))
+    rho = _loss(loss, f_scale)
+    model = Model(call(f), m, "f", per_fit, y, weight, keep, lower, upper, rho, elementwise=True)
     dof = (m if keep is None else xp.sum(xp.astype(keep, start.dtype), axis=1)) - start.shape[0]
     dof = dof + xp.zeros_like(start[0, :])
     derivative = supplied(call(jac)) if callable(jac) else None
@@ -418,7 +418,7 @@ def _stages(
     if options.jac is not None:
         return [({"2-point": forward, "3-point": central}[options.jac], limits)]
     if torch_arrays:
-        return [(automatic, limits)]
+        return [(ByTorch(), limits)]
     near = limits._replace(xtol=max(NEAR, limits.xtol), gtol=max(NEAR, limits.gtol))
     return [(forward, near), (central, limits)]
 
@@ -449,13 +449,14 @@ def _result(
 
 
 def _width(xp: Namespace, start: Array, m: int, memory: int | None) -> int:
-    """Fits whose arrays fill `memory`: n columns and about 6 temporaries of length m, 6 of n^2."""
+    """Fits whose arrays fill `memory`: n columns and some temporaries of length m, 6 of n^2."""
     n = start.shape[0]
     item = int(xp.finfo(start.dtype).bits) // 8
     if memory is None:
         on_host = is_numpy(xp) or str(device_of(start).get("device")) == "cpu"
         memory = CACHE_BYTES if on_host else DEVICE_BYTES
-    return int(memory // (item * (m * (n + 6) + 6 * n * n)))
+    temporaries = 12 if is_torch(start) else 6  # torch keeps some for its backward pass
+    return int(memory // (item * (m * (n + temporaries) + 6 * n * n)))
 
 
 def _data_and_start(ydata: Array, p0: Any) -> tuple[Namespace, Array, Array, Array]:
@@ -628,7 +629,6 @@ def _quiet(xp: Namespace) -> Iterator[None]:
     with contextlib.ExitStack() as quiet:
         quiet.enter_context(np.errstate(all="ignore"))
         if "torch" in xp.__name__:
-            load_forward_mode()
             quiet.enter_context(xp.no_grad())
         yield
 
