@@ -220,23 +220,33 @@ def _device(a: Array) -> Any:
 
 @dataclass(frozen=True)
 class Sparsity:
-    """Structure (m, n) of a sparse Jacobian with columns grouped so that no row repeats."""
+    """Structure (m, n) of a sparse Jacobian, its columns grouped so that no row repeats.
 
-    rows: np.ndarray
-    columns: np.ndarray
-    groups: np.ndarray
+    indptr and indices are those of the CSR matrix; ``groups`` holds for each group its mask of
+    columns (n,), and the places of its entries in the CSR data with their rows and columns.
+    """
+
+    indptr: np.ndarray
+    indices: np.ndarray
+    groups: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]
     shape: tuple[int, int]
 
 
 def sparsity(structure: Any) -> Sparsity:
     """Group the columns of a structure (m, n), dense or sparse, by SciPy's greedy colouring."""
     from scipy.optimize._numdiff import group_columns
-    from scipy.sparse import coo_array, issparse
+    from scipy.sparse import csr_array, issparse
 
-    pattern = coo_array(structure if issparse(structure) else np.atleast_2d(structure))
-    groups = np.asarray(group_columns(pattern.tocsc()))
-    rows, columns = pattern.coords
-    return Sparsity(np.asarray(rows), np.asarray(columns), groups, pattern.shape)
+    pattern = csr_array(structure if issparse(structure) else np.atleast_2d(structure))
+    pattern.sum_duplicates()
+    group = np.asarray(group_columns(pattern.tocsc()))
+    rows = np.repeat(np.arange(pattern.shape[0]), np.diff(pattern.indptr))
+    columns = pattern.indices
+    groups = []
+    for g in range(int(group.max()) + 1 if group.size else 0):
+        places = np.flatnonzero(group[columns] == g)
+        groups.append((group == g, places, rows[places], columns[places]))
+    return Sparsity(pattern.indptr, pattern.indices, groups, pattern.shape)
 
 
 def grouped(
@@ -248,18 +258,14 @@ def grouped(
     h, one_sided = diff.steps(x)
     if diff.held is not None:
         h = np.where(diff.held, 0.0, h)
-    data = np.zeros(structure.rows.shape, dtype=r.dtype)
-    groups = range(int(structure.groups.max()) + 1 if structure.groups.size else 0)
-    masks = [structure.groups == g for g in groups]
-    points = [p for mask in masks for p in _group_points(diff.kind, x, h * mask, one_sided)]
-    values = iter(list(diff.map(evaluate, points)))
-    for mask in masks:
-        entries = mask[structure.columns]
-        i, j = structure.rows[entries], structure.columns[entries]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            slope = _group_slopes(diff.kind, values, r, i, h[j], one_sided[j])
-        data[entries] = np.where(h[j] == 0, 0.0, slope)
-    return csr_array((data, (structure.rows, structure.columns)), shape=structure.shape)
+    data = np.zeros(structure.indices.shape, dtype=r.dtype)
+    points = (p for g in structure.groups for p in _group_points(diff.kind, x, h * g[0], one_sided))
+    values = iter(diff.map(evaluate, points))
+    safe = np.where(h == 0, 1.0, h)
+    for _, places, i, j in structure.groups:
+        slope = _group_slopes(diff.kind, values, r, i, safe[j], one_sided[j])
+        data[places] = np.where(h[j] == 0, 0.0, slope) if diff.held is not None else slope
+    return csr_array((data, structure.indices, structure.indptr), shape=structure.shape)
 
 
 def _group_points(

@@ -7,7 +7,7 @@ accepted x. The last is asked only there, so that a rejected trial costs one res
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -199,6 +199,7 @@ class Problem:
     njev: int = 0
     _last: Any = None
     _pending: Any = None
+    _memory: dict[str, Any] = field(default_factory=dict)
     _buffer: Any = None
 
     def residual(self, x: Array) -> Array:
@@ -263,7 +264,7 @@ class Problem:
                 f"{type(J).__name__}."
             )
         if hasattr(J, "tocsr"):
-            return _sparse.sparse_subproblem(J, r, w, solver, options)
+            return _sparse.sparse_subproblem(J, r, w, solver, options, self._memory)
         if self.norms_needed:
             raise ValueError(
                 "`x_scale` must not be 'jac' where `jac` returns an operator, whose column norms "

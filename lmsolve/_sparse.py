@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from . import _schur
 from ._linalg import LinAlgError
 from ._subproblem import Subproblem
 
@@ -31,8 +32,12 @@ def sparse_subproblem(
     weights: np.ndarray | None,
     solver: str | None = None,
     options: Mapping[str, Any] = MappingProxyType({}),
+    memory: dict[str, Any] | None = None,
 ) -> Subproblem:
-    """Subproblem of a sparse J (m, n): a factorisation where it pays, else conjugate gradients."""
+    """Subproblem of a sparse J (m, n): a factorisation where it pays, else conjugate gradients.
+
+    ``memory`` keeps what depends on the pattern alone from one linearisation to the next.
+    """
     from scipy.sparse import csr_array, diags_array
 
     A = csr_array(J)
@@ -44,7 +49,7 @@ def sparse_subproblem(
     if solver == "lsmr" or (solver is None and fill > DIRECT_ENTRIES):
         norms = np.sqrt(np.asarray(A.multiply(A).sum(axis=0)).ravel())
         return OperatorSubproblem(A, r, norms, **_stopping(options))
-    return SparseNormalEquations(A, r)
+    return SparseNormalEquations(A, r, {} if memory is None else memory)
 
 
 def operator_subproblem(
@@ -83,43 +88,55 @@ def _stopping(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class SparseNormalEquations:
-    """Subproblem by a sparse LU of the scaled, damped normal matrix, ordered to stay sparse."""
+    """Subproblem by a factorisation of the sparse, scaled, damped normal matrix.
 
-    def __init__(self, A: Any, r: np.ndarray) -> None:
-        from scipy.sparse import csc_array
+    Blocks are eliminated where the pattern has them (`_schur`); else a sparse LU is ordered to
+    stay sparse.
+    """
+
+    def __init__(self, A: Any, r: np.ndarray, memory: dict[str, Any]) -> None:
+        from scipy.sparse import csr_array
 
         self._A, self._r = A, r
-        self.grad = A.T @ r
-        self._gram = csc_array(A.T @ A)
+        At = A.T.tocsr()
+        self.grad = At @ r
+        self._gram = csr_array(At @ A)
+        self._gram.sort_indices()
+        self._rows = np.repeat(np.arange(self._gram.shape[0]), np.diff(self._gram.indptr))
         self.norms = np.sqrt(self._gram.diagonal())
         self.escalated = False
         self.pivot = 0.0
         self._factor: Any = None
+        blocks = _schur.remembered(A, memory)
+        self._structure = None if blocks is None else _schur.layout(self._gram, blocks)
+        self._d: np.ndarray | None = None
+        self._scaled: Any = None
 
     def solve(self, mu: float, d: np.ndarray, start: np.ndarray | None = None) -> np.ndarray:
         """Step p (n,); see Subproblem."""
-        from scipy.sparse import diags_array
-        from scipy.sparse.linalg import splu
-
-        D = diags_array(d)
-        held = (d == 0).astype(d.dtype)
-        M = (D @ self._gram @ D + diags_array(held + mu)).tocsc()
-        try:
-            # A symmetric ordering with pivots kept on the diagonal: SuperLU as a Cholesky.
-            self._factor = splu(
-                M,
-                permc_spec="MMD_AT_PLUS_A",
-                diag_pivot_thresh=0.0,
-                options={"SymmetricMode": True},
-            )
-        except RuntimeError as error:  # SuperLU's word for an exactly singular matrix
-            raise LinAlgError(str(error)) from error
-        pivots = self._factor.U.diagonal()
-        self.pivot = float(pivots.min())
+        if self._d is not d:
+            self._d, self._scaled = d, self._scale(d)
+        if self._structure is not None:
+            self._factor = _schur.SchurComplement(self._scaled, mu)
+        else:
+            self._factor = SparseCholesky(self._scaled, mu)
+        self.pivot = self._factor.pivot
         if not self.pivot > np.finfo(d.dtype).eps:
             raise LinAlgError("the sparse normal equations are not positive definite")
         grad = self.grad if start is None else self.grad + self._gram @ start
         return -d * self._factor.solve(d * grad)
+
+    def _scale(self, d: np.ndarray) -> Any:
+        """The scaled normal matrix as the factorisation takes it; held columns get a unit."""
+        from scipy.sparse import csc_array
+
+        G = self._gram
+        data = G.data * d[self._rows] * d[G.indices]
+        if not d.all():
+            data[(self._rows == G.indices) & (d[G.indices] == 0)] = 1.0
+        if self._structure is not None:
+            return _schur.Eliminated(data, self._structure)
+        return csc_array((data, G.indices, G.indptr), shape=G.shape)  # symmetric: CSR is CSC
 
     def secular(self, p: np.ndarray, d: np.ndarray) -> float:
         """``q' (A + mu I)^-1 q`` for the step p of the last solve."""
@@ -130,6 +147,30 @@ class SparseNormalEquations:
         """Model decrease; see Subproblem."""
         Jp = self._A @ p
         return -float(self._r @ Jp + 0.5 * (Jp @ Jp))
+
+
+class SparseCholesky:
+    """Factor of M + mu I, M sparse and symmetric, by SuperLU with diagonal pivots."""
+
+    def __init__(self, M: Any, mu: float) -> None:
+        from scipy.sparse import diags_array
+        from scipy.sparse.linalg import splu
+
+        shift = diags_array(np.full(M.shape[0], mu, dtype=M.dtype))
+        try:
+            self._lu = splu(
+                (M + shift).tocsc(),
+                permc_spec="MMD_AT_PLUS_A",
+                diag_pivot_thresh=0.0,
+                options={"SymmetricMode": True},
+            )
+        except RuntimeError as error:  # SuperLU's word for an exactly singular matrix
+            raise LinAlgError(str(error)) from error
+        self.pivot = float(self._lu.U.diagonal().min())
+
+    def solve(self, b: np.ndarray) -> np.ndarray:
+        """Solution (n,) of M x = b."""
+        return np.asarray(self._lu.solve(b))
 
 
 class OperatorSubproblem:

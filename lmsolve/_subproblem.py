@@ -86,7 +86,7 @@ def gram(xp: Namespace, rows: Rows) -> tuple[Array, Array]:
     J, r, w = rows.J, rows.r, rows.weights
     if w is None:
         if xp is np:
-            return J.T.dot(J), J.T.dot(r)  # dot does not warn on overflow, matmul does
+            return J.T.dot(J), J.T.dot(r)
         return xp.matmul(J.T, J), J.T @ r
     m, n = J.shape
     block = max(1024, 2**20 // max(n, 1))

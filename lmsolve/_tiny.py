@@ -271,7 +271,7 @@ class Descent:
     def _evaluate(self, x: np.ndarray) -> tuple[np.ndarray, float]:
         r = self.problem.residual(x)
         self.nfev += 1
-        return r, 0.5 * float(r.dot(r))
+        return r, float(self.problem.cost(r))
 
     def _tests(
         self,

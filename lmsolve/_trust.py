@@ -24,6 +24,8 @@ SLACK = 0.1
 FLOOR = 64.0
 #: Dampings tried, and bounds met, in one step at most.
 ITERATIONS, CUTS = 12, 10
+#: From this many parameters on a solve costs more than a guess that fails.
+LARGE = 64
 
 
 class Step(NamedTuple):
@@ -78,10 +80,13 @@ def step(
         p = sub.truncated(radius, d, start)
         length = scaled_norm(xp, p, D)
         return Step(p, length, float(length >= radius * (1.0 - SLACK)))
-    last = _solve(xp, sub, 0.0, d, D, start)
-    if last is not None and last.length <= (1.0 + SLACK) * radius:
-        return last
     lo = mu = 0.0
+    if guess > 0.0 and d.shape[0] >= LARGE:  # where a solve is dear, start from the last damping
+        last = _solve(xp, sub, guess, d, D, start)
+    else:
+        last = _solve(xp, sub, 0.0, d, D, start)
+    if last is not None and _fits(last, radius):
+        return _rescaled(last, radius)
     hi = scaled_norm(xp, sub.grad, d) / radius
     if last is None:
         lo = FLOOR * epsilon
@@ -95,15 +100,23 @@ def step(
             else:
                 hi = min(hi, last.mu)
             mu = max(newton, lo) if start is not None else min(max(newton, lo), max(hi, lo))
+            mu = 0.0 if mu <= FLOOR * epsilon and lo == 0.0 else mu
         previous, last = last, _solve(xp, sub, mu, d, D, start)
         if last is None:
             lo = mu = 10.0 * max(mu, FLOOR * epsilon)
             hi = max(hi, mu)
-        elif abs(last.length - radius) <= SLACK * radius or _cornered(last, radius, epsilon):
+        elif _fits(last, radius) or _cornered(last, radius, epsilon):
             break
     if last is None:
         raise LinAlgError("no damping made the system positive definite")
     return _rescaled(last, radius)
+
+
+def _fits(last: Step, radius: float) -> bool:
+    """Whether a step is an undamped one inside the radius, or close to it."""
+    if last.mu == 0.0 and last.length <= (1.0 + SLACK) * radius:
+        return True
+    return abs(last.length - radius) <= SLACK * radius
 
 
 def _cornered(last: Step, radius: float, epsilon: float) -> bool:
@@ -112,8 +125,8 @@ def _cornered(last: Step, radius: float, epsilon: float) -> bool:
 
 
 def _rescaled(last: Step, radius: float) -> Step:
-    """A step that ended beyond the radius, cut to it."""
-    if last.length <= radius:
+    """A damped step that ended beyond the radius, cut to it."""
+    if last.length <= radius or last.mu == 0.0:
         return last
     return Step(last.p * (radius / last.length), radius, last.mu)
 

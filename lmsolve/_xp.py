@@ -95,7 +95,10 @@ def _widest(xp: Namespace) -> Any:
 def sum_squares(xp: Namespace, r: Array) -> Array:
     """0-d ``sum(r**2)``, accumulated in float64."""
     if r.dtype == xp.float64:
-        return r.dot(r) if xp is np else r @ r  # dot does not warn on overflow, matmul does
+        if xp is np:
+            with np.errstate(over="ignore", invalid="ignore"):  # a trial may overflow
+                return r.dot(r)
+        return r @ r
     return xp.sum(xp.astype(r, _widest(xp)) ** 2) if xp is not np else np.sum(r * r, dtype=float)
 
 
