@@ -107,7 +107,8 @@ def triangle(xp: Namespace, J: Array, r: Array, d: Array) -> tuple[Array, Array]
     rows = max(4 * (n + 1), 8192)
     R = None
     for start in range(0, m, rows):
-        block = _augmented(xp, J[start : start + rows, :], r[start : start + rows], d)
+        stop = min(start + rows, m)  # the standard leaves slices beyond the end undefined
+        block = _augmented(xp, J[start:stop, :], r[start:stop], d)
         if R is not None:
             block = xp.concat([R, block], axis=0)
         R = qr_r(xp, block)
