@@ -1,12 +1,14 @@
-"""Tests of Legate are skipped, with the reason in one line, where Legate can't start."""
+"""The `xp` fixture. Tests of Legate are skipped, with the reason, where Legate can't start."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 
 import pytest
 
 from lmsolve.legate._start import Machine, inspect_machine, obstacle
+from tests.tools import LIBRARIES, Library
 
 
 @cache
@@ -37,3 +39,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if item.get_closest_marker(marker) and (reason := missing(marker)):
                 item.add_marker(pytest.mark.skip(reason=reason))
                 break
+
+
+@pytest.fixture(params=LIBRARIES)
+def xp(request: pytest.FixtureRequest) -> Iterator[Library]:
+    """An array library with a dtype: NumPy, array-api-strict, torch, cuPyNumeric."""
+    name = request.param
+    module = pytest.importorskip(name.partition(":")[0])
+    if name != "array_api_strict":
+        yield Library.named(name)
+        return
+    with module.ArrayAPIStrictFlags(boolean_indexing=False, data_dependent_shapes=False):
+        yield Library.named(name)
