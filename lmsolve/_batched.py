@@ -352,7 +352,7 @@ def least_squares_many(
         return lambda rows, here: function(xp.stack(list(rows), axis=1), *here)
 
     options = _options(xp, x0, jac, ftol, xtol, gtol, max_nit, memory, workers, progress)
-    start = _columns(xp, x0)
+    start = _fits_last(xp, x0)
     lower, upper = _bounds(xp, bounds, start)
     with _quiet(xp):
         probe = fun(x0[:1, :], *[a[:1, ...] for a in args]) if B else xp.zeros((0, 0))
@@ -433,11 +433,11 @@ def _result(
     finite = xp.isfinite(xp.sum(fits.gram, axis=(0, 1))) & xp.isfinite(fits.cost)
     status = xp.where((fits.status == STALLED) & ~finite, NOT_FINITE, fits.status)
     return ManyFitsResult(
-        x=_columns(xp, fits.x),
+        x=_fits_first(xp, fits.x),
         cost=fits.cost,
-        grad=_columns(xp, fits.grad),
+        grad=_fits_first(xp, fits.grad),
         gram=xp.permute_dims(fits.gram, (2, 0, 1)),
-        active_mask=_columns(xp, xp.astype(active, fits.index.dtype)),
+        active_mask=_fits_first(xp, xp.astype(active, fits.index.dtype)),
         status=status,
         success=status > 0,
         nit=fits.nit,
@@ -477,7 +477,7 @@ def _data_and_start(ydata: Array, p0: Any) -> tuple[Namespace, Array, Array, Arr
             f"`p0` must have shape (n,) or (B, n) = ({B}, n), n >= 1, got {tuple(x0.shape)}."
         )
     x0 = x0 if x0.ndim == 2 else x0[None, :]
-    start = _columns(xp, xp.broadcast_to(x0, (B, x0.shape[1])))
+    start = _fits_last(xp, xp.broadcast_to(x0, (B, x0.shape[1])))
     return xp, xp.astype(y, dtype, copy=False), x0, start
 
 
@@ -527,7 +527,7 @@ def _bounds(xp: Namespace, bounds: Any, start: Array) -> tuple[Array | None, Arr
                 f"(B, n) = ({B}, {n}), got {tuple(a.shape)}."
             )
         a = a if a.ndim == 2 else xp.broadcast_to(a, (n,))[None, :]
-        sides.append(_columns(xp, a))
+        sides.append(_fits_last(xp, a))
     lower, upper = sides
     free, crossed, outside = to_floats(
         *[
@@ -642,9 +642,15 @@ def _keep_memory() -> None:
     np.empty(2**24, dtype=np.uint8)
 
 
-def _columns(xp: Namespace, a: Array) -> Array:
-    """The transpose of a matrix, contiguous."""
-    return xp.asarray(xp.permute_dims(_plain(a), (1, 0)), copy=True)
+def _fits_last(xp: Namespace, a: Array) -> Array:
+    """(B, n) as (n, B), contiguous."""
+    a = _plain(a)
+    return xp.stack([a[:, j] for j in range(a.shape[1])])
+
+
+def _fits_first(xp: Namespace, a: Array) -> Array:
+    """(n, B) as (B, n), contiguous."""
+    return xp.stack([a[j, :] for j in range(a.shape[0])], axis=1)
 
 
 def _plain(a: Any) -> Any:

@@ -233,8 +233,9 @@ class Loop:
         # A parameter at zero has its size from what it does to the model.
         size = xp.abs(fits.x) + xp.maximum(norm_r, 0.01 * fits.y_size) * fits.d
         fits = self._linearise(fits, f, model, size, running)
-        slope = fits.grad if model.lower is None else fits.grad * _free(xp, model, fits)
-        x_new, reduction = self._trial(fits, model, slope)
+        free = None if model.lower is None else _free(xp, model, fits)
+        slope = fits.grad if free is None else fits.grad * free
+        x_new, reduction = self._trial(fits, model, slope, free)
         f_new = model.values(xp, rows_of(x_new))
         cost_new = model.cost(xp, model.residual(xp, f_new))
         trial = Trial(
@@ -262,18 +263,19 @@ class Loop:
             njev=fits.njev + xp.astype(running, fits.njev.dtype),
         )
 
-    def _trial(self, fits: Fits, model: Model, slope: Array) -> tuple[Array, Array]:
+    def _trial(
+        self, fits: Fits, model: Model, slope: Array, free: Array | None
+    ) -> tuple[Array, Array]:
         """Trial points (n, b) and predicted reductions (b,); slope is the free gradient (n, b)."""
         xp, x, gram = self.xp, fits.x, fits.gram
         # The smallest number keeps a column of zeros, whose step is then 0, from dividing 0 by 0.
         damp = fits.mu * (fits.scale * fits.scale) + float(xp.finfo(x.dtype).smallest_normal)
         right = -slope[:, None, :]
-        if model.lower is None:
+        if free is None:
             p = solve_spd(xp, gram, right, damp)[0][:, 0, :]
             return x + p, 0.5 * xp.sum(p * (damp * p - slope), axis=0)
-        free = _free(xp, model, fits)
         p = solve_spd(xp, gram * (free[:, None, :] * free[None, :, :]), right, damp)[0][:, 0, :]
-        x_new = xp.clip(x + p, model.lower, model.upper)
+        x_new = xp.minimum(xp.maximum(x + p, model.lower), model.upper)
         p = x_new - x
         curved = 0.5 * xp.sum(gram * p[None, :, :], axis=1)
         return x_new, -xp.sum(p * (fits.grad + curved), axis=0)

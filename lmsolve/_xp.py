@@ -17,6 +17,30 @@ Array: TypeAlias = Any  # an array of any namespace; no common static type exist
 Namespace: TypeAlias = Any
 
 
+class _CuPyNumeric:
+    """The namespace of cuPyNumeric, once imported, and what 26.6 lacks of the standard."""
+
+    def __getattr__(self, name: str) -> Any:
+        return np.bool_ if name == "bool" else getattr(sys.modules["cupynumeric"], name)
+
+    @staticmethod
+    def astype(a: Array, dtype: Any, copy: bool = True) -> Array:
+        """``a`` with another dtype; ``a`` itself where that changes nothing and copy is False."""
+        return a if a.dtype == dtype and not copy else a.astype(dtype)
+
+    @staticmethod
+    def isdtype(dtype: Any, kind: Any) -> bool:
+        """Whether a dtype is of a kind."""
+        return bool(np.isdtype(dtype, kind))
+
+    def argsort(self, a: Array, axis: int = -1, stable: bool = True) -> Array:
+        """Indices that sort ``a``, stably."""
+        return sys.modules["cupynumeric"].argsort(a, axis=axis, kind="stable")
+
+
+CUPYNUMERIC = _CuPyNumeric()
+
+
 def is_numpy(xp: Namespace) -> bool:
     """Whether ``xp`` is NumPy itself."""
     return xp is np
@@ -30,7 +54,7 @@ def array_namespace(*arrays: Array) -> Namespace:
     if not known:
         return np
     if any(is_cupynumeric(a) for a in known):
-        return sys.modules["cupynumeric"]
+        return CUPYNUMERIC
     return array_api_compat.array_namespace(*known)
 
 
