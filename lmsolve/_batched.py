@@ -50,7 +50,7 @@ MESSAGES = {
 CACHE_BYTES = 6 * 2**20
 DEVICE_BYTES = 2**30
 # Forward differences serve to come this near; central ones take it to the tolerance asked for.
-NEAR = 1e-7
+NEAR = 1e-8
 
 
 class ManyFitsResult(OptimizeResult):  # type: ignore[misc]  # SciPy carries no types
