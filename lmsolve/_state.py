@@ -6,10 +6,18 @@ evaluates them anew. A resumed run takes the same steps, to the last bit, as one
 
 from __future__ import annotations
 
+import os
+import tempfile
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ._damping import Damping
-from ._xp import Array
+from ._xp import Array, convert, to_numpy
+
+#: Version of the file format, raised when a field changes its meaning.
+FORMAT = 1
 
 
 class LMState(NamedTuple):
@@ -69,3 +77,78 @@ class LMState(NamedTuple):
     trail: tuple[tuple[Array, Array], ...] = ()
     status: int | None = None
     point: Any = None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state to a file, atomically: the old file stays until the new one is complete.
+
+        Parameters
+        ----------
+        path : path-like
+            File to write, a NumPy archive.
+        """
+        target = Path(path)
+        fields = {name: value for name, value in self._asdict().items() if name in _SCALARS}
+        arrays = {name: np.asarray(value) for name, value in fields.items() if value is not None}
+        arrays["x"] = to_numpy(self.x)
+        arrays["damping"] = np.array(self.damping)
+        arrays["format"] = np.array(FORMAT)
+        if self.scale is not None:
+            arrays["scale"] = to_numpy(self.scale)
+        for i, (x, p) in enumerate(self.trail):
+            arrays[f"trail_{i}"] = np.stack([to_numpy(x), to_numpy(p)])
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.savez(file, allow_pickle=False, **arrays)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(name, target)
+        except BaseException:
+            os.unlink(name)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], like: Array = None) -> LMState:
+        """Read a state that `save` wrote.
+
+        Parameters
+        ----------
+        path : path-like
+            File to read.
+        like : array, optional
+            An array of the library and device that the arrays are to have; NumPy by default.
+
+        Returns
+        -------
+        LMState
+            The state, to be handed to `LevenbergMarquardt.resume`.
+
+        Raises
+        ------
+        ValueError
+            If the file is of another format.
+        """
+        with np.load(path, allow_pickle=False) as file:
+            if "format" not in file or int(file["format"]) != FORMAT:
+                raise ValueError(f"`path` must hold a state of format {FORMAT}, got {path!s}.")
+
+            def array(a: np.ndarray) -> Array:
+                return a if like is None else convert(a, like)
+
+            trail: list[tuple[Array, Array]] = []
+            while f"trail_{len(trail)}" in file:
+                x, p = file[f"trail_{len(trail)}"]
+                trail.append((array(x), array(p)))
+            scalars = {name: file[name].item() for name in _SCALARS if name in file}
+            return cls(
+                x=array(file["x"]),
+                scale=array(file["scale"]) if "scale" in file else None,
+                damping=Damping(*file["damping"].tolist()),
+                trail=tuple(trail),
+                **scalars,
+            )
+
+
+_SCALARS = tuple(
+    name for name in LMState._fields if name not in ("x", "scale", "damping", "trail", "point")
+)
