@@ -100,7 +100,8 @@ def step(
             else:
                 hi = min(hi, last.mu)
             mu = max(newton, lo) if start is not None else min(max(newton, lo), max(hi, lo))
-            mu = 0.0 if mu <= FLOOR * epsilon and lo == 0.0 else mu
+            if mu <= FLOOR * epsilon and lo == 0.0:  # nothing, or the least that is not nothing
+                mu = 0.0 if last.length < radius else FLOOR * epsilon
         previous, last = last, _solve(xp, sub, mu, d, D, start)
         if last is None:
             lo = mu = 10.0 * max(mu, FLOOR * epsilon)
