@@ -332,29 +332,35 @@ def test_wide_step_equals_the_primal_step(name: str, decay: float, memory: int) 
     sub = problem._dual(x, None)
     grad = J.T @ r + decay * x
     assert close(sub.grad, grad)
-    d = 1 / sub.norms
-    for mu in (1e-1, 1e-3):
-        A = J.T @ J + torch.diag(decay + mu / d**2)
+    assert sub.size == pytest.approx(float(J.square().sum()) / problem.network.parameters.n + decay)
+    for damping in (1e-1, 1e-3):
+        A = J.T @ J + (decay + damping) * torch.eye(len(x), dtype=x.dtype)
         p = torch.linalg.solve(A, -grad)
-        assert torch.allclose(sub.solve(mu, d), p, rtol=1e-7, atol=1e-9)
+        assert torch.allclose(sub.solve(damping), p, rtol=1e-7, atol=1e-9)
     p = torch.randn_like(x)
     Jp = J @ p
     model = grad @ p + 0.5 * Jp @ Jp + 0.5 * decay * p @ p
     assert torch.allclose(sub.reduction(p), -model)
 
 
-def test_scale_of_a_wide_problem_is_the_norm_of_each_tensor() -> None:
+def test_acceleration_is_the_second_order_part_of_the_geodesic() -> None:
+    """Against r_pp by autograd, in both forms."""
     torch.manual_seed(0)
-    network, batch, _ = setup(mlp(nn.Tanh()), vectors(4))
+    network, batch, point = setup(mlp(nn.Tanh()), vectors(4))
     x = network.parameters.pack(network.module)
-    point = Point(network.parameters.unpack(x))
     problem = NetworkProblem(network, batch, choose(network, batch, point, MEMORY), Settings())
     _, J = whole_jacobian(network, batch, point)
-    norms = problem._dual(x, None).norms
-    for index in range(len(network.parameters.names)):
-        span = network.parameters.span(index)
-        expected = (J[:, span] ** 2).sum(0).mean().sqrt()
-        assert torch.allclose(norms[span], expected.expand_as(norms[span]))
+
+    def r(flat: Any) -> Any:
+        return network.judge(network.parameters.unpack(flat), batch, 1.0).rows.reshape(-1)
+
+    for sub in (problem._normal(x, None), problem._normal(x, problem.residual(x).passes),
+                problem._dual(x, None)):  # fmt: skip
+        p = 1e-2 * sub.solve(0.1)
+        _, r_pp = torch.func.jvp(lambda v: torch.func.jvp(r, (v,), (p,))[1], (x,), (p,))  # noqa: B023
+        A = J.T @ J + 0.1 * torch.eye(len(x), dtype=x.dtype)
+        exact = -0.5 * torch.linalg.solve(A, J.T @ r_pp)
+        assert torch.allclose(sub.acceleration(p), exact, rtol=1e-2, atol=1e-2 * exact.abs().max())
 
 
 @pytest.mark.parametrize("name", ["tanh", "LSTM"])
@@ -369,13 +375,14 @@ def test_matrix_free_steps_solve_the_damped_system(name: str) -> None:
     assert problem.form() == "products"
     sub = problem.linearize(x, problem.residual(x))
     _, J = whole_jacobian(network, batch, point)
-    d = 1 / sub.norms
-    A = J.T @ J + torch.diag(1e-3 + 0.1 / d**2)
+    A = J.T @ J + (1e-3 + 0.1) * torch.eye(len(x), dtype=x.dtype)
     exact = torch.linalg.solve(A, -sub.grad)
-    rough = sub.solve(0.1, d)
+    rough = sub.solve(0.1)
     assert 0 < float(sub.reduction(rough)) <= float(sub.reduction(exact))
     sub.tolerance = 1e-12
-    assert torch.allclose(sub.solve(0.1, d), exact, rtol=1e-4, atol=1e-6)
+    assert torch.allclose(sub.solve(0.1), exact, rtol=1e-4, atol=1e-6)
+    estimate = float(J.square().sum()) / len(x)
+    assert estimate / 4 < sub.size < 4 * estimate
 
 
 @pytest.mark.parametrize(("samples", "form"), [(10, "dual"), (200, "normal")])

@@ -14,10 +14,9 @@ import torch
 from scipy.optimize import OptimizeResult
 from torch import Tensor, nn
 
-from lmsolve._lm import LevenbergMarquardt
-
 from . import _checkpoint
 from ._data import Drawn, Samples
+from ._descent import Descent
 from ._losses import ResidualFunction
 from ._network import Batch
 from ._session import Options, Session, Trial, warn_notes
@@ -29,14 +28,12 @@ ATTEMPTS = 5
 KEPT_SHARE, GROWTH = 0.5, 2
 
 MESSAGES = {
-    -4: "The damped system stayed singular.",
     -3: "No step from here lowers the cost.",
     -2: "Stopped by `callback`.",
     0: "The limit of steps or seconds is reached.",
     1: "`gtol` reached.",
     2: "`ftol` reached.",
     3: "`xtol` reached.",
-    4: "`ftol` and `xtol` reached.",
 }
 
 HISTORY = (
@@ -101,8 +98,9 @@ def fit(
     max_seconds : float, optional
         Seconds at most.
     ftol, xtol, gtol : float, default 1e-12
-        Tolerances of `least_squares`, for a full batch without random numbers in the model; 0
-        turns a test off.
+        Relative decrease of the cost, relative step, and gradient relative to the residuals and
+        the size of their derivatives, at which to stop; for a full batch without random numbers
+        in the model. 0 turns a test off.
     callback : callable, optional
         Called after each trial with an `OptimizeResult` of ``x``, ``step``, ``epoch`` and the
         trial's entries of ``history``; ends the fit by raising StopIteration.
@@ -154,8 +152,7 @@ def fit(
     """
     _check_limits(max_steps, max_seconds, {"ftol": ftol, "xtol": xtol, "gtol": gtol})
     options = Options(residual, loss, weight_decay, memory, dtype, linalg, seed)
-    solver = LevenbergMarquardt(ftol=ftol, xtol=xtol, gtol=gtol, polish=False)
-    session = Session(model, options, solver)
+    session = Session(model, options, Descent(ftol, xtol, gtol))
     samples = Samples(data, weights, batch_size, session.network.parameters, seed)
     run = _Run(session, samples, grow_batches)
     run.limits = (max_steps, max_seconds)
@@ -258,14 +255,13 @@ class _Run:
             self.elapsed = time.perf_counter() - start
             if self.steps >= max_steps or (max_seconds is not None and self.elapsed >= max_seconds):
                 return 0
-            x_old, cost_old, nfev = session.x, session.state.cost, session.state.nfev
+            x_old, cost_old = session.x, session.state.cost
             trial = session.trial()
             status = session.state.status
-            if session.state.nfev > nfev:
-                self.steps += 1
-                self.elapsed = time.perf_counter() - start
-                self._record(trial, bar)
-                rejected = 0 if trial.accepted else rejected + 1
+            self.steps += 1
+            self.elapsed = time.perf_counter() - start
+            self._record(trial, bar)
+            rejected = 0 if trial.accepted else rejected + 1
             if trial.accepted:
                 session.update_statistics()
                 size = session.problem.batch.size

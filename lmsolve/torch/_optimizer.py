@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lmsolve._lm import LevenbergMarquardt
-
 from ._data import make_batch
+from ._descent import Descent
 from ._losses import ResidualFunction
 from ._session import Options, Session, warn_notes
 
@@ -86,8 +85,7 @@ class LM:
         if attempts < 1:
             raise ValueError(f"`attempts` must be at least 1, got {attempts}.")
         options = Options(residual, loss, weight_decay, memory, dtype, linalg, seed)
-        solver = LevenbergMarquardt(ftol=0.0, xtol=0.0, gtol=0.0, polish=False)
-        self._session = Session(model, options, solver)
+        self._session = Session(model, options, Descent())
         self._attempts = attempts
         self._steps = 0
         if devices is not None:

@@ -8,29 +8,35 @@ where neither matrix fits into memory.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
-import array_api_compat.torch
 import torch
 from torch import Tensor
-
-from lmsolve._subproblem import Subproblem
 
 from . import _factors, _jacobian
 from ._jacobian import Plan, Point
 from ._network import Batch, Network
 from ._products import FactorProducts, GraphProducts
-from ._subproblems import MatrixFreeSubproblem, NetworkEquations, Products, WideSubproblem
+from ._subproblems import (
+    Bend,
+    Linearised,
+    MatrixFreeSubproblem,
+    Products,
+    TallSubproblem,
+    WideSubproblem,
+)
 from ._sums import DualKernel, NormalSums
 
 T = TypeVar("T")
 
-# The solver works on copies: the matrix, its scaled form and its factor.
+# The matrix, its factor, and what a block adds to it.
 _MATRICES = 3
 # Beyond this size a square matrix of a float32 model stays in float32. Measured: docs/torch.md.
 _WIDE_ACCUMULATOR = 16384
+# Share of a step at which its curvature is looked at.
+_AHEAD = 0.1
 
 
 class Evaluation(NamedTuple):
@@ -102,7 +108,7 @@ def available_memory(device: torch.device) -> int:
 
 
 class NetworkProblem:
-    """`lmsolve._problem.LeastSquaresProblem` of a network on one batch.
+    """The problem of a network on one batch, as `Descent` sees it.
 
     Parameters
     ----------
@@ -115,8 +121,6 @@ class NetworkProblem:
     settings : Settings
         Constants of the fit.
     """
-
-    xp: Any = array_api_compat.torch
 
     def __init__(self, network: Network, batch: Batch, plan: Plan, settings: Settings) -> None:
         self.network = network
@@ -140,16 +144,19 @@ class NetworkProblem:
         """0-d cost."""
         return r.cost
 
-    def linearize(self, x: Tensor, r: Evaluation) -> Subproblem:
+    def linearize(self, x: Tensor, r: Evaluation) -> Linearised:
         """Subproblem at x (n,), in the form that fits shape and memory."""
         self.njev += 1
-        passes = r.passes
-        form = self.form()
-        if form == "normal":
-            return self._retry(lambda: self._normal(x, passes))
-        if form == "dual":
-            return self._retry(lambda: self._dual(x, passes))
-        return self._retry(lambda: self._matrix_free(x))
+        passes, form = r.passes, self.form()
+
+        def compute() -> Linearised:
+            nonlocal passes
+            kept, passes = passes, None  # their graphs serve once; a second try makes its own
+            if form == "normal":
+                return self._normal(x, kept)
+            return self._dual(x, kept) if form == "dual" else self._matrix_free(x)
+
+        return self._retry(compute)
 
     def form(self) -> str:
         """`normal`, `dual` or `products`."""
@@ -191,68 +198,76 @@ class NetworkProblem:
             return self.plan.samples
         return max(self.plan.samples, 1024)
 
-    def _normal(self, x: Tensor, passes: list[_factors.Pending] | None) -> Subproblem:
-        network, n = self.network, self.network.parameters.n
+    def _normal(self, x: Tensor, passes: list[_factors.Pending] | None) -> TallSubproblem:
+        network, n, decay = self.network, self.network.parameters.n, self.settings.decay
+        sums = NormalSums(n, accumulator(network, n), x.device)
+        point, r = self._point(x), []
+        products: Products
         if passes is None:
-            sums = block_sums(network, x, self.batch, self.plan, self.settings)
-            gram, grad = sums.gram, sums.grad
+            for rows, J in _jacobian.stream(network, self.batch, point, self.plan):
+                sums.add(rows, J)
+                r.append(rows.clone())
+            products = GraphProducts(network, self.batch, point, self._evaluation_samples())
         else:
-            both = NormalSums(n, accumulator(network, n), x.device)
-            while passes:
-                add_pass(network, passes.pop(0), both)
-            gram, grad = both.gram, both.grad
-        if self.settings.decay:
-            gram.diagonal().add_(self.settings.decay)
-            grad = grad + self.settings.decay * x.to(grad.dtype)
-        dtype = network.parameters.dtype
-        return NetworkEquations(self.xp, gram.to(x.dtype), grad.to(x.dtype), dtype)
+            done = [pending.backward() for pending in passes]
+            for found in done:
+                for rows, J in _jacobian.rows_of_pass(network, found, sums.gram.dtype):
+                    sums.add(rows, J)
+                r.append(found.rows.reshape(-1))
+            products = FactorProducts(done, network.parameters.offsets)
+        whole = torch.cat(r).to(x.dtype)
+        bend = self._bend(x, whole)
+        return TallSubproblem(sums.gram, sums.grad, x, whole, products, decay, bend)
 
-    def _dual(self, x: Tensor, passes: list[_factors.Pending] | None) -> Subproblem:
-        network, point = self.network, self._point(x)
-        offsets, m = network.parameters.offsets, self.m
-        dtype = accumulator(network, m)
-        if self.plan.way != "factors":
+    def _dual(self, x: Tensor, passes: list[_factors.Pending] | None) -> WideSubproblem:
+        network, point, decay = self.network, self._point(x), self.settings.decay
+        dtype = accumulator(network, self.m)
+        products: Products
+        if self.plan.way == "factors":
+            if passes is None:
+                blocks = self.batch.blocks(self.plan.samples)
+                passes = [
+                    _factors.run(network, point.tensors, b, point.scale, point.seed) for b in blocks
+                ]
+            found = _factors.joined([pending.backward() for pending in passes])
+            r = found.rows.reshape(-1)
+            products = FactorProducts([found], network.parameters.offsets)
+            sizes = tuple(network.parameters.sizes)
+            memory = self._block_memory()
+            parts = DualKernel(found.factors, sizes, self.batch.size, self.plan.k, memory)
+            kernel = parts.assemble(dtype, x.device)
+        else:
             products = GraphProducts(network, self.batch, point, self._evaluation_samples())
             r = self._rows(point)
-            norms = self._estimated_norms(products, r)
+            kernel = self._kernel_by_groups(point, dtype)
+        r = r.to(x.dtype)
+        return WideSubproblem(kernel, x, r, products, decay, self._bend(x, r))
 
-            def by_groups(c: Sequence[float]) -> Tensor:
-                return self._kernel_by_groups(point, c, dtype)
-
-            return WideSubproblem(x, r, products, norms, offsets, self.settings.decay, by_groups)
-        if passes is None:
-            blocks = self.batch.blocks(self.plan.samples)
-            passes = [
-                _factors.run(network, point.tensors, b, point.scale, point.seed) for b in blocks
-            ]
-        found = _factors.joined([p.backward() for p in passes])
-        sizes = tuple(network.parameters.sizes)
-        kernel = DualKernel(
-            found.factors, sizes, self.batch.size, self.plan.k, self._block_memory()
-        )
-        norms = torch.tensor(
-            [
-                (kernel.squared_norms(uses, size) / size) ** 0.5
-                for uses, size in zip(found.factors, sizes, strict=True)
-            ]
-        )
-        return WideSubproblem(
-            x,
-            found.rows.reshape(-1),
-            FactorProducts(found, offsets),
-            norms,
-            offsets,
-            self.settings.decay,
-            lambda c: kernel.assemble(c, dtype, x.device),
-        )
-
-    def _matrix_free(self, x: Tensor) -> Subproblem:
+    def _matrix_free(self, x: Tensor) -> MatrixFreeSubproblem:
         point = self._point(x)
         products = GraphProducts(self.network, self.batch, point, self._evaluation_samples())
-        r = self._rows(point)
-        norms = self._estimated_norms(products, r)
-        offsets = self.network.parameters.offsets
-        return MatrixFreeSubproblem(x, r, products, norms, offsets, self.settings.decay)
+        r = self._rows(point).to(x.dtype)
+        # E |J'z|^2 = |J|^2 (Frobenius) for random signs z. One fixed draw: it scales the damping.
+        generator = torch.Generator().manual_seed(0)
+        z = torch.randint(0, 2, r.shape, generator=generator).to(r) * 2 - 1
+        size = float(products.transposed(z).square().mean())
+        return MatrixFreeSubproblem(size, x, r, products, self.settings.decay)
+
+    def _bend(self, x: Tensor, r: Tensor) -> Bend | None:
+        """Second derivative of the residuals along a step, by a difference; None for losses.
+
+        The rows of a loss are linear in the outputs by construction: they have no second
+        derivative to speak of.
+        """
+        if not self.network.objective.exact:
+            return None
+
+        def bend(p: Tensor, Jp: Tensor) -> Tensor:
+            # r(x + hp) = r + h Jp + h^2/2 r_pp; h = 0.1 as in Transtrum and Sethna (2012).
+            ahead = self._retry(lambda: self._rows(self._point(x + _AHEAD * p))).to(r.dtype)
+            return (2 / _AHEAD) * ((ahead - r) / _AHEAD - Jp)
+
+        return bend
 
     def _rows(self, point: Point) -> Tensor:
         """All rows r (m,)."""
@@ -260,23 +275,8 @@ class NetworkProblem:
         rows = [self.network.judge(point.tensors, b, point.scale, point.seed).rows for b in blocks]
         return torch.cat([v.detach().reshape(-1) for v in rows])
 
-    def _estimated_norms(self, products: Products, r: Tensor) -> Tensor:
-        """Root mean square of the columns of each parameter tensor, by Hutchinson's estimator.
-
-        E |J'z|^2 = |J|^2 (Frobenius) for signs z. Two fixed draws: a scale need not be exact.
-        """
-        offsets = self.network.parameters.offsets
-        generator = torch.Generator().manual_seed(0)
-        total = torch.zeros(len(offsets) - 1, dtype=torch.float64)
-        for _ in range(2):
-            z = torch.randint(0, 2, r.shape, generator=generator).to(r) * 2 - 1
-            squares = products.transposed(z).double().square()
-            parts = torch.split(squares, self.network.parameters.sizes)
-            total += torch.stack([v.mean() for v in parts]).cpu()
-        return (total / 2).sqrt()
-
-    def _kernel_by_groups(self, point: Point, c: Sequence[float], dtype: torch.dtype) -> Tensor:
-        """`J diag(c) J'` from groups of parameters whose columns fit into memory."""
+    def _kernel_by_groups(self, point: Point, dtype: torch.dtype) -> Tensor:
+        """`J J'` from groups of parameters whose columns fit into memory."""
         parameters = self.network.parameters
         K = torch.zeros((self.m, self.m), dtype=dtype, device=parameters.device)
         for group in self._groups():
@@ -285,9 +285,6 @@ class NetworkProblem:
                 columns.append(J.to(dtype))
             J = torch.cat(columns)
             del columns
-            root = torch.tensor([c[i] ** 0.5 for i in group], dtype=dtype, device=J.device)
-            sizes = torch.tensor([parameters.shapes[i].numel() for i in group], device=J.device)
-            J *= torch.repeat_interleave(root, sizes)
             K.addmm_(J, J.T)
         return K
 

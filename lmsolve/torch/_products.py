@@ -18,30 +18,35 @@ from ._params import flat, quiet_transforms
 
 @dataclass(frozen=True)
 class FactorProducts:
-    """Products with the rows of a pass that holds the whole batch."""
+    """Products with the rows of passes that hold the whole batch."""
 
-    found: Pass
+    passes: list[Pass]
     offsets: tuple[int, ...]
 
     def transposed(self, z: Tensor) -> Tensor:
         """J'z (n,) in the dtype of the factors."""
-        z = z.to(self.found.rows.dtype).reshape(self.found.rows.shape)
-        parts = []
-        for index, uses in enumerate(self.found.factors):
-            part = z.new_zeros(self.offsets[index + 1] - self.offsets[index])
-            for use in uses:
-                part += use.transposed_product(z)
-            parts.append(part)
-        return torch.cat(parts)
+        total, done = z.new_zeros(self.offsets[-1]), 0
+        for found in self.passes:
+            rows = found.rows
+            part = z[done : done + rows.numel()].to(rows.dtype).reshape(rows.shape)
+            done += rows.numel()
+            for index, uses in enumerate(found.factors):
+                for use in uses:
+                    span = slice(self.offsets[index], self.offsets[index + 1])
+                    total[span] += use.transposed_product(part)
+        return total
 
     def product(self, p: Tensor) -> Tensor:
         """J p (m,)."""
-        p = p.to(self.found.rows.dtype)
-        image = torch.zeros_like(self.found.rows)
-        for index, uses in enumerate(self.found.factors):
-            for use in uses:
-                image += use.product(p[self.offsets[index] : self.offsets[index + 1]])
-        return image.reshape(-1)
+        images = []
+        for found in self.passes:
+            p = p.to(found.rows.dtype)
+            image = torch.zeros_like(found.rows)
+            for index, uses in enumerate(found.factors):
+                for use in uses:
+                    image += use.product(p[self.offsets[index] : self.offsets[index + 1]])
+            images.append(image.reshape(-1))
+        return torch.cat(images)
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """A model under training: the solver's state, the batch it looks at, and one trial at a time.
 
 What `fit` and `LM` share. A batch and the dropout masks drawn for it are fixed from the first trial
-on it to the next call of `place`, so that accepting and rejecting compare like with like. Damping
-and scale outlive the batch, its cost does not.
+on it to the next call of `place`, so that accepting and rejecting compare like with like. The
+damping outlives the batch, its cost does not.
 """
 
 from __future__ import annotations
@@ -19,10 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from lmsolve._damping import Damping
-from lmsolve._lm import LevenbergMarquardt
-from lmsolve._state import LMState
-
+from ._descent import Descent, FitState
 from ._jacobian import Plan, Point, choose
 from ._losses import Objective, ResidualFunction, from_loss, from_residual
 from ._network import Batch, Network
@@ -62,7 +59,7 @@ class Trial:
 class Session:
     """A model, its parameters in the solver, and the current batch."""
 
-    def __init__(self, model: nn.Module, options: Options, solver: LevenbergMarquardt) -> None:
+    def __init__(self, model: nn.Module, options: Options, solver: Descent) -> None:
         if options.linalg not in PROBLEMS:
             raise ValueError(f"`linalg` must be one of {list(PROBLEMS)}, got {options.linalg!r}.")
         if not options.weight_decay >= 0 or math.isinf(options.weight_decay):
@@ -79,7 +76,7 @@ class Session:
         self.memory = options.memory or available_memory(x0.device) // 2
         self.plans: dict[Any, Plan] = {}
         self.problem: NetworkProblem | None = None
-        self.state: LMState | None = None
+        self.state: FitState | None = None
         self.notes: list[str] = []
         self._stochastic: bool | None = None
 
@@ -88,8 +85,7 @@ class Session:
         """Current parameters (n,) in float64."""
         if self.state is None:
             return self.x0
-        x: Tensor = self.state.x
-        return x
+        return self.state.x
 
     def place(self, batch: Batch, number: int) -> None:
         """Look at a batch; ``number`` seeds its masks."""
@@ -118,7 +114,7 @@ class Session:
             cost=self.state.cost,
             accepted=self.state.nit > before,
             ratio=self.state.ratio,
-            damping=self.state.damping.mu,
+            damping=self.state.mu,
             length=self.state.length,
         )
 
@@ -186,7 +182,7 @@ class Session:
     def snapshot(self) -> dict[str, Any]:
         """What a checkpoint needs, in plain types and tensors."""
         assert self.state is not None
-        kept = {**self.state._replace(point=None)._asdict(), "damping": [*self.state.damping]}
+        kept = self.state._replace(point=None)._asdict()
         return {
             "state": kept,
             "plans": [(key, vars(plan).copy()) for key, plan in self.plans.items()],
@@ -206,11 +202,8 @@ class Session:
                 f"values; the model has {len(shapes)} tensors, {self.network.parameters.n} values."
             )
         state = dict(saved["state"])
-        device = self.x0.device
-        state["damping"] = Damping(*state["damping"])
-        state["x"] = state["x"].to(device)
-        state["scale"] = None if state["scale"] is None else state["scale"].to(device)
-        self.state = LMState(**state)
+        state["x"] = state["x"].to(self.x0.device)
+        self.state = FitState(**state)
         self.plans = {key: Plan(**plan) for key, plan in saved["plans"]}
         self._stochastic = saved["stochastic"]
         with torch.no_grad():

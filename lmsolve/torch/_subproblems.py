@@ -1,58 +1,18 @@
-"""Damped steps of networks: normal equations, and J only in products where it is wide or large.
+"""Damped steps of networks in three forms: J'J, the kernel J J', and products alone.
 
-Networks have parameters that do nothing (a bias before batch normalisation, a dead unit) and
-combinations that do nothing. Their columns of J are zero or rounding noise, so scales have a floor,
-and a system that is positive definite only by its rounding errors counts as singular.
-
-In the wide and the matrix-free form scales are one for each parameter tensor, not one for each
-parameter: the Gram matrix of a Linear layer's rows is then a product of two small matrices, and it
-is the size of the layers that differs by orders of magnitude.
-
-A quadratic penalty `1/2 decay |x|^2` joins the damping: with `L = decay + mu / d^2` and
-`c = -decay x / L`, the step is `c + s` where s solves the penalty-free problem at `r + J c` damped
-by L.
+All solve `(J'J + L) p = -(J'r + decay x)` with `L = decay + damping`, a multiple of the identity,
+so that the kernel of a wide J is made once for every damping. There, with `c = -decay x / L`, the
+step is `c - J'z` where `(J J' + L) z = r + J c`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from lmsolve._subproblem import NormalEquations
-
-
-class NetworkEquations(NormalEquations):
-    """Normal equations of a network whose J was computed in ``dtype``."""
-
-    def __init__(self, xp: Any, gram: Tensor, grad: Tensor, dtype: torch.dtype) -> None:
-        super().__init__(xp, gram, grad)
-        self.norms = floored(self.norms, dtype)
-        self._least = smallest_pivot(gram.shape[0], dtype)
-
-    def solve(self, mu: float, d: Tensor, start: Tensor | None = None) -> Tensor:
-        """Step p (n,); LinAlgError where the damped matrix is singular to working accuracy."""
-        p: Tensor = super().solve(mu, d, start)
-        if self.pivot < self._least:
-            raise np.linalg.LinAlgError("the normal equations are singular")
-        return p
-
-
-def floored(norms: Tensor, dtype: torch.dtype) -> Tensor:
-    """Column norms of at least the square root of the precision of the largest."""
-    floor = torch.finfo(dtype).eps ** 0.5 * norms.amax()
-    return torch.maximum(norms, floor)
-
-
-def smallest_pivot(size: int, dtype: torch.dtype) -> float:
-    """Squared pivot of a matrix of unit diagonal that says more than rounding.
-
-    Rounding of the rows (relative, in their dtype) enters squared, that of their sums as it is.
-    """
-    return float(max(size * torch.finfo(torch.float64).eps, (10 * torch.finfo(dtype).eps) ** 2))
 
 
 class Products(Protocol):
@@ -67,132 +27,172 @@ class Products(Protocol):
         ...
 
 
-class Linearised:
-    """What wide and matrix-free problems share: gradient, scales and the model's decrease."""
+#: Second derivative of the residuals along a step p: r_pp (m,) from p and J p.
+Bend = Callable[[Tensor, Tensor], Tensor]
 
-    escalated: bool = False
+
+class Linearised:
+    """What the three forms share; `bend` is None where there is no acceleration."""
+
+    grad: Tensor
+    size: float
 
     def __init__(
-        self,
-        x: Tensor,
-        r: Tensor,
-        products: Products,
-        tensor_norms: Tensor,
-        offsets: tuple[int, ...],
-        decay: float,
+        self, x: Tensor, r: Tensor, products: Products, decay: float, bend: Bend | None
     ) -> None:
-        self._x, self._r, self._products, self._decay = x, r, products, decay
-        self._sizes = torch.tensor(np.diff(offsets), device=x.device)
-        self._first = torch.tensor(offsets[:-1], device=x.device)
-        self.grad = products.transposed(r).to(x.dtype) + decay * x
-        norms = floored((tensor_norms.to(x) ** 2 + decay).sqrt(), r.dtype)
-        self.norms: Any = torch.repeat_interleave(norms, self._sizes)
+        self.x, self.r, self.products = x, r, products
+        self.decay, self.bend = decay, bend
 
     def reduction(self, p: Tensor) -> Tensor:
         """0-d model decrease by any step p (n,)."""
-        Jp = self._products.product(p).to(torch.float64)
-        p = p.to(torch.float64)
-        return -(self.grad.to(p) @ p + 0.5 * (Jp @ Jp) + 0.5 * self._decay * (p @ p))
+        Jp = self.products.product(p).to(torch.float64)
+        return -(self.grad @ p + 0.5 * (Jp @ Jp) + 0.5 * self.decay * (p @ p))
+
+    def second(self, p: Tensor) -> Tensor | None:
+        """r_pp (m,)."""
+        if self.bend is None:
+            return None
+        return self.bend(p, self.products.product(p).to(p.dtype))
 
 
-class WideSubproblem(Linearised):
-    """Dual equations in the m residuals, from a kernel `K = J diag(c) J'`."""
+class TallSubproblem(Linearised):
+    """Normal equations from the sums J'J and J'r, penalty included."""
 
     def __init__(
         self,
+        gram: Tensor,
+        grad: Tensor,
         x: Tensor,
         r: Tensor,
         products: Products,
-        tensor_norms: Tensor,
-        offsets: tuple[int, ...],
         decay: float,
-        kernel: Callable[[Sequence[float]], Tensor],
+        bend: Bend | None,
     ) -> None:
-        super().__init__(x, r, products, tensor_norms, offsets, decay)
-        self._kernel = kernel
-        self._cached: tuple[list[float], Tensor] | None = None
-        self._last: tuple[Tensor, Tensor, Tensor, float] | None = None
-        if decay == 0.0:  # with a penalty the kernel itself changes with mu
-            self.secular = self._secular
+        super().__init__(x, r, products, decay, bend)
+        self.gram = gram
+        self.gram.diagonal().add_(decay)
+        self.grad = grad.to(x.dtype) + decay * x
+        self.size = float(self.gram.diagonal().mean())  # a host read: it scales the damping
+        self._factor: Tensor | None = None
 
-    def solve(self, mu: float, d: Tensor, start: Tensor | None = None) -> Tensor:
-        """Step p (n,); LinAlgError where the damped kernel is not positive definite."""
-        if start is not None:
-            raise NotImplementedError("bounds are not for networks")
-        d_h = d[self._first].to(torch.float64).tolist()  # one host read for each distinct d
-        if self._decay == 0.0:
-            z = self._solve_kernel([v * v for v in d_h], mu, self._r)
-            return -(d * d) * self._products.transposed(z).to(d.dtype)
-        c = [1.0 / (self._decay + mu / (v * v)) for v in d_h]
-        wide = torch.repeat_interleave(torch.tensor(c, dtype=d.dtype, device=d.device), self._sizes)
-        shift = -self._decay * self._x * wide
-        r = self._r + self._products.product(shift).to(self._r.dtype)
-        z = self._solve_kernel(c, 1.0, r)
-        return shift - wide * self._products.transposed(z).to(d.dtype)
+    def solve(self, damping: float) -> Tensor:
+        """Step p (n,)."""
+        self._factor = None  # before the next factor takes its memory
+        self._factor = factorized(self.gram, damping)
+        return -solved(self._factor, self.grad)
 
-    def _solve_kernel(self, c: list[float], shift: float, r: Tensor) -> Tensor:
-        """`(K(c) + shift I)^-1 r`."""
-        if self._cached is None or self._cached[0] != c:
-            self._cached = None  # the old kernel goes before the new one comes
-            self._cached = (c, self._kernel(c))
-        A = self._cached[1].clone()
-        size = A.diagonal().mean()
-        A.diagonal().add_(shift)
-        factor, info = torch.linalg.cholesky_ex(
-            A, out=(A, torch.empty((), dtype=torch.int32, device=A.device))
-        )
-        pivot = factor.diagonal().amin() ** 2 / size
-        # Host reads: they decide.
-        if int(info) != 0 or not float(pivot) >= smallest_pivot(len(A), self._r.dtype):
-            raise np.linalg.LinAlgError("the damped dual equations are singular")
-        r = r.to(A.dtype)
-        z = torch.cholesky_solve(r[:, None], factor)[:, 0]
-        self._last = (factor, r, z, shift)
-        return z
+    def reduction(self, p: Tensor) -> Tensor:
+        """0-d model decrease by any step p (n,)."""
+        return -(self.grad @ p + 0.5 * (p @ (self.gram @ p.to(self.gram.dtype))))
 
-    def _secular(self, p: Tensor, d: Tensor) -> Tensor:
-        """0-d `q' (A + mu I)^-1 q`, which is `(r - mu z)' (K + mu I)^-1 z`."""
-        assert self._last is not None
-        factor, r, z, mu = self._last
-        return (r - mu * z) @ torch.cholesky_solve(z[:, None], factor)[:, 0]
+    def acceleration(self, p: Tensor) -> Tensor | None:
+        """Geodesic acceleration (n,) of the last step."""
+        r_pp = self.second(p)
+        if r_pp is None:
+            return None
+        assert self._factor is not None
+        return -0.5 * solved(self._factor, self.products.transposed(r_pp).to(p.dtype))
+
+
+class WideSubproblem(Linearised):
+    """Dual equations in the m residuals, from the lower triangle of the kernel J J'."""
+
+    def __init__(
+        self,
+        kernel: Tensor,
+        x: Tensor,
+        r: Tensor,
+        products: Products,
+        decay: float,
+        bend: Bend | None,
+    ) -> None:
+        super().__init__(x, r, products, decay, bend)
+        self.kernel = kernel
+        self.grad = products.transposed(r).to(x.dtype) + decay * x
+        self.size = float(kernel.diagonal().sum()) / x.numel() + decay  # a host read
+        self._factor: Tensor | None = None
+
+    def solve(self, damping: float) -> Tensor:
+        """Step p (n,)."""
+        total = self.decay + damping
+        self._factor = None
+        self._factor = factorized(self.kernel, total)
+        r = self.r.to(torch.float64)
+        if self.decay == 0.0:
+            return -self._back(solved(self._factor, r))
+        c = -(self.decay / total) * self.x
+        r = r + self.products.product(c).to(torch.float64)
+        return c - self._back(solved(self._factor, r))
+
+    def acceleration(self, p: Tensor) -> Tensor | None:
+        """Geodesic acceleration (n,) of the last step."""
+        r_pp = self.second(p)
+        if r_pp is None:
+            return None
+        assert self._factor is not None
+        return -0.5 * self._back(solved(self._factor, r_pp))
+
+    def _back(self, z: Tensor) -> Tensor:
+        return self.products.transposed(z).to(self.x.dtype)
 
 
 class MatrixFreeSubproblem(Linearised):
-    """Conjugate gradients on `d J'J d + mu`, stopped when the model hardly gains any more.
+    """Conjugate gradients, stopped when the model hardly gains any more.
 
     The stop is by the decrease of the quadratic model (Nash and Sofer 1990, "Assessing a search
-    direction within a truncated-Newton method"): iteration i stops when the last decrease is
+    direction within a truncated-Newton method"): iteration i is the last when its decrease is
     below `tolerance / i` of all so far. Early steps need few products.
     """
 
     tolerance = 0.5
     most = 200
 
-    def solve(self, mu: float, d: Tensor, start: Tensor | None = None) -> Tensor:
+    def __init__(self, size: float, x: Tensor, r: Tensor, products: Products, decay: float) -> None:
+        super().__init__(x, r, products, decay, None)
+        self.grad = products.transposed(r).to(x.dtype) + decay * x
+        self.size = size + decay
+
+    def solve(self, damping: float) -> Tensor:
         """Inexact step p (n,)."""
-        if start is not None:
-            raise NotImplementedError("bounds are not for networks")
-        J = self._products
-        b = -(d * self.grad)
-        q = torch.zeros_like(b)
-        residual, direction = b, b
+        J, total = self.products, self.decay + damping
+        residual = -self.grad
+        p, direction = torch.zeros_like(residual), residual
         rr = float(residual @ residual)  # one host read an iteration: it steers the loop
         gained = 0.0
         for i in range(1, self.most + 1):
             if not rr > 0:
                 break
-            v = d * direction
-            Av = d * (J.transposed(J.product(v)).to(d.dtype) + self._decay * v) + mu * direction
-            curvature = float(direction @ Av)
+            image = J.transposed(J.product(direction)).to(p.dtype) + total * direction
+            curvature = float(direction @ image)
             if not curvature > 0:
                 raise np.linalg.LinAlgError("the damped system is not positive definite")
             step = rr / curvature
             gain = 0.5 * step * rr
-            q = q + step * direction
-            residual = residual - step * Av
+            p = p + step * direction
+            residual = residual - step * image
             gained += gain
-            if i * gain <= self.tolerance * gained and i > 1:
+            if i > 1 and i * gain <= self.tolerance * gained:
                 break
             rr, previous = float(residual @ residual), rr
             direction = residual + (rr / previous) * direction
-        return d * q
+        return p
+
+    def acceleration(self, p: Tensor) -> Tensor | None:
+        """None: a second run of conjugate gradients costs more than it gains."""
+        return None
+
+
+def factorized(A: Tensor, shift: float) -> Tensor:
+    """Lower factor of `A + shift I` (n, n) from A's lower triangle, or LinAlgError."""
+    B = A.clone()
+    B.diagonal().add_(shift)
+    info = torch.empty((), dtype=torch.int32, device=A.device)
+    torch.linalg.cholesky_ex(B, out=(B, info))
+    if int(info) != 0:  # a host read: it decides
+        raise np.linalg.LinAlgError("the damped system is not positive definite")
+    return B
+
+
+def solved(factor: Tensor, b: Tensor) -> Tensor:
+    """Solution (n,) in the dtype of ``b``."""
+    return torch.cholesky_solve(b.to(factor.dtype)[:, None], factor)[:, 0].to(b.dtype)
