@@ -484,12 +484,17 @@ class _Fit:
                 record = _tiny_record(history)
                 state = Descent(solver, problem, state, record).run()
             while state.status is None:
-                nit, polishing = state.nit, state.fired != 0
+                before = state
                 state = solver.step(problem, state)
-                history.append(_iteration(state, polishing))
-                if verbose == 2:
-                    print(_line(history[-1]))
-                if state.nit > nit and notify is not None and notify(self._intermediate(state)):
+                if state.nfev > before.nfev:  # the last step may end the run without a trial
+                    history.append(_iteration(state, _is_polish(before, state)))
+                    if verbose == 2:
+                        print(_line(history[-1]))
+                if (
+                    state.nit > before.nit
+                    and notify is not None
+                    and notify(self._intermediate(state))
+                ):
                     state = state._replace(status=CALLBACK)
             if state.point.subproblem is None:
                 state = solver.linearize(problem, state)
@@ -654,6 +659,11 @@ def _iteration(state: LMState, polishing: bool) -> Iteration:
         polishing,
         state.escalated,
     )
+
+
+def _is_polish(before: LMState, after: LMState) -> bool:
+    """Whether the trial between two states was a polishing one; the test may fire on the way."""
+    return bool(before.fired or after.polished > before.polished or after.doubts > before.doubts)
 
 
 HEADER = (

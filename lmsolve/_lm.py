@@ -266,8 +266,8 @@ class LevenbergMarquardt:
         sub, rnorm = state.point.subproblem, math.sqrt(2.0 * state.cost)
         g = sub.grad if state.point.held is None else sub.grad * (state.point.d > 0)
         norms = state.point.D if sub.norms is None else sub.norms
-        (steepest,) = to_floats(_largest_ratio(xp, g, norms))
-        if not math.isfinite(steepest):
+        steepest, longest = to_floats(_largest_ratio(xp, g, norms), xp.max(norms))
+        if not math.isfinite(steepest + longest):
             return state._replace(status=STALLED, value=steepest, limit=self.gtol)
         cosine = steepest / rnorm if rnorm > 0 else 0.0
         if cosine == 0.0:

@@ -86,14 +86,16 @@ def gram(xp: Namespace, rows: Rows) -> tuple[Array, Array]:
     J, r, w = rows.J, rows.r, rows.weights
     if w is None:
         if xp is np:
-            return J.T.dot(J), J.T.dot(r)
+            with np.errstate(over="ignore", invalid="ignore"):  # the run ends, and says why
+                return J.T.dot(J), J.T.dot(r)
         return xp.matmul(J.T, J), J.T @ r
     m, n = J.shape
     block = max(1024, 2**20 // max(n, 1))
     G = g = None
     for i in range(0, m, block):
-        B = J[i : i + block, :] * w[i : i + block, None]
-        Gi, gi = xp.matmul(B.T, B), B.T @ r[i : i + block]
+        k = min(i + block, m)  # the standard leaves slices beyond the end undefined
+        B = J[i:k, :] * w[i:k, None]
+        Gi, gi = xp.matmul(B.T, B), B.T @ r[i:k]
         G, g = (Gi, gi) if G is None else (G + Gi, g + gi)
     assert G is not None
     return G, g

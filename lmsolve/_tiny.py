@@ -179,7 +179,7 @@ class Linearisation:
             self.D = D = first_scale(self.norms, x.tolist())
         else:
             self.D = D = [max(FADE * s, v) for s, v in zip(scale, self.norms)]
-        self.usable = min(self.norms) > 0.0 and max(self.norms) < math.inf
+        self.usable = min(self.norms) > 0.0 and math.isfinite(sum(self.norms))
         if self.usable:
             self.A = [[G[i][j] / (D[i] * D[j]) for j in range(i + 1)] for i in range(n)]
             self.b = [-gi / Di for gi, Di in zip(self.g, D)]
