@@ -22,7 +22,8 @@ class _CuPyNumeric:
     """The namespace of cuPyNumeric, once imported, and what 26.6 lacks of the standard."""
 
     def __getattr__(self, name: str) -> Any:
-        return np.bool_ if name == "bool" else getattr(sys.modules["cupynumeric"], name)
+        # Before cuPyNumeric is imported every look-up fails, and as Python expects it to.
+        return np.bool_ if name == "bool" else getattr(sys.modules.get("cupynumeric"), name)
 
     @staticmethod
     def astype(a: Array, dtype: Any, copy: bool = True) -> Array:
