@@ -6,30 +6,30 @@ operation runs over b contiguous numbers:
 
     x (n, b), f (b, m)      parameters, model values (the residuals are a function of f)
     gram (n, n, b), grad (n, b)     J'J and J'r of the residuals after weights and loss
-    scale s (n, b)          running maximum of the column norms of J; d = free / s
-    mu, nu (b,)             damping and the factor of the next rejection
+    scale s (n, b), d (n, b)        running maximum of the column norms of J, and 1 / s
+    mu (b,)                 damping, relative to s^2
 
-Each turn solves (d J'J d + mu I) q = -d J'r and tries clip(x + d q) for every fit. Parameters at
-a bound that the gradient pushes outwards have d = 0. A fit ends when one of these holds:
+Each turn solves (J'J + mu diag(s^2)) p = -J'r and tries x + p, clipped to the bounds, for every
+fit. A parameter at a bound that the gradient pushes outwards is held. With |r| = sqrt(2 cost) and
+the size of a parameter, size_j = |x_j| + max(|r|, |y| / 100) / s_j, a fit ends when
 
-    gtol    max_j |grad_j| d_j <= gtol |r|
+    gtol    max_j |grad_j| / (s_j |r|) <= gtol, or r is the rounding errors of y
     ftol    the predicted reduction and the change of the cost are both <= ftol cost
-    xtol    |p_j| s_j <= xtol (|x_j| s_j + |r|) for every j
+    xtol    max_j |p_j| / size_j <= xtol, for this step or, by the rate of the last two, the next
 
-with |r| = sqrt(2 cost). Where the predicted reduction is below the rounding error of the cost,
-the cost decides nothing, and the step is taken as it is. Fits that have ended leave the working
-set and waiting ones take their places, so that a few slow fits hold up no others.
+the last two only for steps that damping has not shortened. Where the predicted reduction is below
+the rounding errors of the cost, the step is taken and the cost not asked. Fits that have ended
+leave the working set and waiting ones enter, so that a few slow fits hold up no others.
 
-References: Nielsen (1999), "Damping parameter in Marquardt's method", the damping; More (1978),
+References: Nielsen (1999), "Damping parameter in Marquardt's method"; More (1978),
 "The Levenberg-Marquardt algorithm", the running maximum; Kanzow, Yamashita, Fukushima (2004),
 "Levenberg-Marquardt methods ... with convex constraints", the projection.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ._batched_model import Derivative, Model, rows_of
 from ._xp import Array, Namespace, eps, to_floats
@@ -69,6 +69,19 @@ class Fits:
     last: Array
     rate: Array
     y_size: Array
+    status: Array
+    nit: Array
+    nfev: Array
+    njev: Array
+
+
+class Ended(NamedTuple):
+    """What is kept of fits that have ended, as in `Fits`."""
+
+    x: Array
+    cost: Array
+    gram: Array
+    grad: Array
     status: Array
     nit: Array
     nfev: Array
@@ -180,8 +193,8 @@ class Loop:
         self.xp, self.model, self.derivative = xp, model, derivative
         self.limits, self.width = limits, width
 
-    def run(self, waiting: Fits, ended: Callable[[int], Any]) -> Fits:
-        """The fits of `waiting` brought to their ends; `ended(k)` hears of every k that are."""
+    def run(self, waiting: Fits) -> Fits:
+        """The fits of `waiting` brought to their ends, in the order in which they came to them."""
         xp, total = self.xp, waiting.index.shape[0]
         done: list[Fits] = []
         entered = min(self.width, total)
@@ -199,7 +212,6 @@ class Loop:
             order = xp.argsort(xp.astype(running, fits.index.dtype), stable=True)
             out, stay = order[: b - left], order[b - left :]
             done.append(take(xp, fits, out))
-            ended(b - left)
             more = min(self.width - left, total - entered)
             if left == 0 and more == 0:
                 return join(xp, done)

@@ -447,6 +447,16 @@ def test_neither_memory_nor_threads_change_an_answer(jac):
             assert np.array_equal(other[name], base[name]), (options, name)
 
 
+def test_many_blocks_and_more_workers_than_fits():
+    _, y = decays(150)
+    base = curve_fit_many(decay, X, y, [2.0, 1.0, 0.5])
+    for B, options in ((150, {"memory": 16_000}), (150, {"memory": 1, "workers": 3}),
+                       (2, {"workers": 5})):  # fmt: skip
+        other = curve_fit_many(decay, X, y[:B], [2.0, 1.0, 0.5], **options)
+        assert np.array_equal(other.x, base.x[:B])
+        assert np.array_equal(other.gram, base.gram[:B])
+
+
 def test_the_working_set_keeps_to_its_memory():
     _, y = decays(300)
     sizes = []

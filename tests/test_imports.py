@@ -49,9 +49,12 @@ MAY_IMPORT |= {
     "_least_squares": CORE | {"legate/_arrays"},
     "_curve_fit": CORE | {"_least_squares"},
     "_check_jac": CORE | {"_curve_fit"},
-    "_batched_model": {"_xp", "_linalg", "_loss", "torch"},
-    "_batched_lm": {"_xp", "_linalg", "_loss", "_batched_model"},
-    "_batched": {"_xp", "_linalg", "_loss", "_batched_model", "_batched_lm", "tqdm"},
+    "_batched_model": {"_xp", "_loss", "torch"},
+    "_batched_lm": {"_xp", "_batched_model"},
+    "_batched_inputs": {"_xp", "_loss", "_batched_model", "_batched_lm"},
+    "_batched_run": {"_xp", "_batched_model", "_batched_lm", "_batched_inputs", "tqdm"},
+    "_batched_result": {"_xp", "_batched_model", "_batched_lm"},
+    "_batched": {"_xp", "_batched_model", "_batched_inputs", "_batched_run", "_batched_result"},
 }
 # Optional parts, each a folder: its files import one another (without cycles, as everywhere) and
 # these. Nothing above imports one of them at the top of a file.
