@@ -12,6 +12,7 @@ real functions" (the complex step).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +72,26 @@ class Differences:
             return h, one_sided
         return self._inside(x, h)
 
+    def is_plain(self) -> bool:
+        """Whether `plain_steps` serves: one-sided, in float64, nothing bounded, held or mapped."""
+        return (
+            self.kind == "2-point"
+            and self.lb is None
+            and self.held is None
+            and self.rel_step is None
+            and self.map is map
+            and self.precision == 2.0**-52
+        )
+
+    def plain_steps(self, x: np.ndarray) -> list[float]:
+        """The steps of `steps`, in Python floats: a microsecond where NumPy takes ten."""
+        steps = []
+        for value, typical in zip(x.tolist(), self.typical.tolist()):
+            size = max(abs(value), FLOOR * typical)
+            h = math.copysign(2.0**-26 * size, value)
+            steps.append((value + h) - value or math.ulp(value))
+        return steps
+
     def _inside(self, x: np.ndarray, h: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Steps (n,) turned round, shortened or made one-sided so that they stay in bounds."""
         assert self.lb is not None and self.ub is not None
@@ -98,12 +119,14 @@ def dense(
     """Jacobian (m, n), Fortran-ordered, each column written in place into ``out`` if given."""
     m, n = r.shape[0], x.shape[0]
     J = np.empty((m, n), dtype=r.dtype, order="F") if out is None else out
+    if diff.is_plain():
+        return _forward(evaluate, x, r, diff.plain_steps(x), range(n), J)
     h, one_sided = diff.steps(x)
     columns = diff.free(n)
     if len(columns) < n:
         J[...] = 0
     if diff.map is map and diff.kind == "2-point":
-        return _forward(evaluate, x, r, h, columns, J)
+        return _forward(evaluate, x, r, h.tolist(), columns, J)
     if diff.map is map:
         for j in columns:
             _column(diff.kind, evaluate, x, r, j, h[j], bool(one_sided[j]), J[:, j])
@@ -119,12 +142,12 @@ def _forward(
     evaluate: Evaluate,
     x: np.ndarray,
     r: np.ndarray,
-    h: np.ndarray,
-    columns: list[int],
+    steps: list[float],
+    columns: Iterable[int],
     J: np.ndarray,
 ) -> np.ndarray:
     """One-sided differences into J (m, n), column by column: no copy but J itself."""
-    point, steps, origin = x.copy(), h.tolist(), x.tolist()
+    point, origin = x.copy(), x.tolist()
     for j in columns:
         point[j] = origin[j] + steps[j]
         column = J[:, j]

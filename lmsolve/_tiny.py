@@ -16,6 +16,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from scipy.linalg.blas import ddot
+from scipy.linalg.lapack import dposv
 
 from ._damping import ACCEPT, POOR, Damping, interpolated
 from ._lm import (
@@ -29,6 +31,7 @@ from ._lm import (
     XTOL,
     LevenbergMarquardt,
     Point,
+    difference_share,
 )
 from ._problem import Problem
 from ._state import LMState
@@ -166,27 +169,57 @@ def first_scale(norms: Vector, x: Vector) -> Vector:
 
 
 class Linearisation:
-    """J'J and J'r at one point, scaled by D, as lists."""
+    """J'J and J'r at one point; the scaled lists of `damped` are made when they are asked for."""
 
-    __slots__ = ("A", "D", "b", "g", "norms", "usable")
+    __slots__ = ("D", "G", "_scaled", "g", "gradient", "norms", "usable")
 
     def __init__(self, J: np.ndarray, r: np.ndarray, scale: Vector | None, x: np.ndarray) -> None:
-        G = J.T.dot(J).tolist()
-        self.g = J.T.dot(r).tolist()
-        n = len(self.g)
-        self.norms = [math.sqrt(G[i][i]) for i in range(n)]
+        self.G = J.T.dot(J)
+        self.gradient = J.T.dot(r)
+        self.g: Vector = self.gradient.tolist()
+        self.norms = norms = [math.sqrt(v) for v in self.G.diagonal().tolist()]
         if scale is None:
-            self.D = D = first_scale(self.norms, x.tolist())
+            self.D = first_scale(norms, x.tolist())
         else:
-            self.D = D = [max(FADE * s, v) for s, v in zip(scale, self.norms)]
-        self.usable = min(self.norms) > 0.0 and math.isfinite(sum(self.norms))
-        if self.usable:
-            self.A = [[G[i][j] / (D[i] * D[j]) for j in range(i + 1)] for i in range(n)]
-            self.b = [-gi / Di for gi, Di in zip(self.g, D)]
+            self.D = [v if v > FADE * s else FADE * s for s, v in zip(scale, norms)]
+        self.usable = min(norms) > 0.0 and max(norms) < math.inf
+        self._scaled: tuple[list[Vector], Vector] | None = None
 
-    def cosine(self, rnorm: float) -> float:
-        """Largest cosine between r and a column of J."""
-        return max(abs(gi) / v for gi, v in zip(self.g, self.norms)) / rnorm if rnorm else 0.0
+    def scaled(self) -> tuple[list[Vector], Vector]:
+        """The scaled normal matrix, lower triangle, and the negative scaled gradient."""
+        if self._scaled is None:
+            D = self.D
+            A = [
+                [v / (Di * Dj) for v, Dj in zip(row[: i + 1], D)]
+                for i, (row, Di) in enumerate(zip(self.G.tolist(), D))
+            ]
+            self._scaled = A, [-gi / Di for gi, Di in zip(self.g, D)]
+        return self._scaled
+
+    def is_flat(self, threshold: float) -> bool:
+        """Whether |g_j| <= threshold |J_j| for every column j."""
+        return all(abs(gi) <= threshold * v for gi, v in zip(self.g, self.norms))
+
+    def gauss_newton(self, radius: float) -> tuple[np.ndarray, float, float] | None:
+        """Step p (n,), |D p| and the model decrease, if it ends in the radius; else None.
+
+        Cholesky's factor is as accurate without the scaling as with it (van der Sluis 1969), so
+        one call of LAPACK on J'J does; its pivots are judged by the scaled ones.
+        """
+        L, p, info = dposv(self.G, self.gradient, lower=1)
+        if info != 0:
+            return None
+        for v, norm in zip(L.diagonal().tolist(), self.norms):
+            if v * v < ESCALATE * norm * norm:
+                return None
+        length = decrease = 0.0
+        for pi, gi, Di in zip(p.tolist(), self.g, self.D):
+            decrease += pi * gi
+            length += (pi * Di) * (pi * Di)
+        length = math.sqrt(length)
+        if not length <= 1.1 * radius:
+            return None
+        return -p, length, 0.5 * decrease
 
 
 class Descent:
@@ -207,11 +240,11 @@ class Descent:
         self.fired, self.value, self.limit = state.fired, 0.0, 0.0
         self.scale = None if state.scale is None else state.scale.tolist()
         self.polished = 0
+        self.size = 0.0
         self.trail: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
 
     def run(self) -> LMState:
         """The state at which the run ended, or at which the general solver is to go on."""
-
         problem, solver = self.problem, self.solver
         while True:
             J = problem.jacobian(self.x, self.r)
@@ -225,32 +258,43 @@ class Descent:
             self.scale = lin.D
             if self.damping.radius == 0.0:
                 self._first_radius(lin.D)
-            cosine = lin.cosine(math.sqrt(2.0 * self.cost))
-            if cosine == 0.0:
-                return self._ended(J, lin, GTOL)
-            if cosine <= solver.gtol and not self.fired:
-                self.fired, self.value, self.limit = GTOL, cosine, solver.gtol
-            moved = self._trials(lin) if not self.fired else self._polish(lin)
+            if self.cost == 0.0 or lin.is_flat(solver.gtol * math.sqrt(2.0 * self.cost)):
+                if self.cost == 0.0 or lin.is_flat(0.0):
+                    return self._ended(J, lin, GTOL)
+                if not self.fired:
+                    self._gradient_fired(lin)
+            moved = self._polish(lin) if self.fired else self._trials(lin)
             if moved is None:
                 return self._general(J, lin)
             if not moved:
                 return self._ended(J, lin, self.fired)
 
+    def _gradient_fired(self, lin: Linearisation) -> None:
+        rnorm = math.sqrt(2.0 * self.cost)
+        cosine = max(abs(gi) / v for gi, v in zip(lin.g, lin.norms)) / rnorm
+        self.fired, self.value, self.limit = GTOL, cosine, self.solver.gtol
+
     def _first_radius(self, D: Vector) -> None:
-        length = math.sqrt(sum((v * Di) ** 2 for v, Di in zip(self.x.tolist(), D)))
-        self.damping = Damping(length if 0.0 < length < math.inf else 1.0)
+        self.size = math.sqrt(sum((v * Di) ** 2 for v, Di in zip(self.x.tolist(), D)))
+        self.damping = Damping(self.size if 0.0 < self.size < math.inf else 1.0)
 
     def _trials(self, lin: Linearisation) -> bool | None:
         """Trials at one x until one is accepted: True; None leaves it to the general solver."""
         while True:
             if self.nfev >= self.solver.max_nfev:
                 return None
-            trial = damped(lin.A, lin.b, self.damping.radius)
-            if trial is None:
-                return None
-            q, length, mu, slope, predicted = trial
+            undamped = lin.gauss_newton(self.damping.radius)
+            if undamped is not None:
+                step, length, predicted = undamped
+                mu, slope = 0.0, -2.0 * predicted
+            else:
+                trial = damped(*lin.scaled(), self.damping.radius)
+                if trial is None:
+                    return None
+                q, length, mu, slope, predicted = trial
+                step = np.array([v / Di for v, Di in zip(q, lin.D)])
             damping = self.damping.first(length) if self.nfev == 1 else self.damping
-            x_new = self.x + np.array([v / Di for v, Di in zip(q, lin.D)])
+            x_new = self.x + step
             r_new, cost_new = self._evaluate(x_new)
             actual = self.cost - cost_new if math.isfinite(cost_new) else -math.inf
             ratio = actual / predicted if predicted > 0 else 0.0
@@ -271,7 +315,7 @@ class Descent:
     def _evaluate(self, x: np.ndarray) -> tuple[np.ndarray, float]:
         r = self.problem.residual(x)
         self.nfev += 1
-        return r, float(self.problem.cost(r))
+        return r, 0.5 * ddot(r, r)  # BLAS itself: NumPy would warn of a trial that overflows
 
     def _tests(
         self,
@@ -286,9 +330,11 @@ class Descent:
         solver = self.solver
         decrease = max(abs(actual), predicted)
         flat = decrease <= solver.ftol * old_cost and ratio <= 2.0
-        size = math.sqrt(sum((v * Di) ** 2 for v, Di in zip(self.x.tolist(), D)))
-        reach = solver.xtol * size
         short = min(length, self.damping.radius)
+        if not flat and short > 100.0 * solver.xtol * self.size:
+            return  # far from both
+        size = self.size = math.sqrt(sum((v * Di) ** 2 for v, Di in zip(self.x.tolist(), D)))
+        reach = solver.xtol * size
         if short <= reach and solver.xtol:
             self.fired = BOTH if flat else XTOL
             self.value, self.limit = (short / size if size else 0.0), solver.xtol
@@ -300,31 +346,31 @@ class Descent:
 
         if not self.solver.polish:
             return False
-        found = cholesky(lin.A, lin.b, 0.0)
-        if found is None:
+        undamped = lin.gauss_newton(math.inf)
+        if undamped is None:
             return None
-        L, y = found
-        q = back(L, y)
-        D, x = lin.D, self.x.tolist()
+        step, _, predicted = undamped
+        p, D, x = step.tolist(), lin.D, self.x.tolist()
         rnorm = math.sqrt(2.0 * self.cost)
-        p = [v / Di for v, Di in zip(q, D)]
         change = max(abs(pj) / (abs(xj) + 1e-4 * rnorm / Dj) for pj, xj, Dj in zip(p, x, D))
         error = self.problem.derivative_error()
         if error:
-            pivot = min(row[-1] for row in L) ** 2
+            found = cholesky(*lin.scaled(), 0.0)
+            if found is None:
+                return None
+            pivot = min(row[-1] for row in found[0]) ** 2
             smallest = min(abs(xj) * Dj for xj, Dj in zip(x, D))
-            if error * rnorm > DIFFERENCE_ERROR * pivot * smallest:
+            noise = rnorm * difference_share(self.r.shape[0])
+            if error * noise > DIFFERENCE_ERROR * pivot * smallest:
                 return None
         if change <= max(POLISHED, error, 8.0 * 2.0**-52):
             return False
-        predicted = 0.5 * dot(y, y)
         if (
             self.polished
             or self.nfev >= self.solver.max_nfev
             or predicted > self.solver.ftol * self.cost
         ):
             return None
-        step = np.array(p)
         x_new = self.x + step
         r_new, cost_new = self._evaluate(x_new)
         size = math.sqrt(sum((xj * Dj) ** 2 for xj, Dj in zip(x, D)))

@@ -44,7 +44,9 @@ def assert_same(floats, arrays):
     (one, calls_one), (two, calls_two) = floats, arrays
     assert (one.nfev, one.njev, one.nit) == (two.nfev, two.njev, two.nit)
     assert calls_one == calls_two
-    assert (one.status, one.success) == (two.status, two.success)
+    assert one.success == two.success
+    if one.cost > 1e-25:  # at a residual of rounding errors any of the tests may come first
+        assert one.status == two.status
     assert len(one.history) == len(two.history)
     assert [i.accepted for i in one.history] == [i.accepted for i in two.history]
     assert [i.polishing for i in one.history] == [i.polishing for i in two.history]
