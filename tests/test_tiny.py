@@ -79,7 +79,8 @@ def test_same_counts_and_status(both, name, options):
     floats, arrays = both(p.fun, p.x0, p.jac, **options)
     assert_same(floats, arrays)
     np.testing.assert_allclose(floats[0].x, arrays[0].x, rtol=1e-9, atol=1e-12)
-    assert floats[0].message.split(":")[0] == arrays[0].message.split(":")[0]
+    if floats[0].cost > 1e-25:
+        assert floats[0].message.split(":")[0] == arrays[0].message.split(":")[0]
 
 
 @pytest.mark.parametrize("name", ["linear_rank_1", "powell_singular", "linear_rank_1_zeros"])
