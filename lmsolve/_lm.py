@@ -160,7 +160,8 @@ class LevenbergMarquardt:
             getattr(problem, "refine_derivatives", bool)()
         r = problem.residual(state.x)
         (cost,) = to_floats(problem.cost(r))
-        return state._replace(cost=cost, point=Point(r), status=None)
+        known = state.linearized and cost == state.cost  # to the last bit: no other data
+        return state._replace(cost=cost, point=Point(r), status=None, linearized=known)
 
     def copy(self, *, bounds: Box | None) -> LevenbergMarquardt:
         """The same solver with other bounds.
@@ -243,12 +244,16 @@ class LevenbergMarquardt:
         if damping.radius == 0.0:
             length = _trust.scaled_norm(xp, state.x, D)
             damping = Damping(length if 0.0 < length < math.inf else 1.0)
+        again = state.linearized
         state = state._replace(
             scale=scale,
             damping=damping,
-            njev=state.njev + 1,
+            njev=state.njev + (not again),
+            linearized=True,
             point=Point(state.point.residual, sub, D, d, held),
         )
+        if again:
+            return state
         return self._gradient_test(xp, state)
 
     def _scale(self, xp: Namespace, sub: Any, state: LMState) -> Array:
@@ -259,6 +264,8 @@ class LevenbergMarquardt:
             return xp.ones_like(state.x)
         if state.scale is None:
             return _first_scale(xp, sub.norms, state.x)
+        if state.linearized:
+            return state.scale
         return xp.maximum(FADE * state.scale, sub.norms)
 
     def _gradient_test(self, xp: Namespace, state: LMState) -> LMState:
@@ -306,7 +313,9 @@ class LevenbergMarquardt:
             escalated=sub.escalated,
         )
         if accepted:
-            new = new._replace(x=x_new, cost=cost_new, nit=state.nit + 1, point=Point(r_new))
+            new = new._replace(
+                x=x_new, cost=cost_new, nit=state.nit + 1, linearized=False, point=Point(r_new)
+            )
         return self._convergence_tests(xp, state, new, actual, predicted, point.D)
 
     def _damped(self, xp: Namespace, state: LMState) -> Step:
@@ -377,6 +386,7 @@ class LevenbergMarquardt:
                 ratio=(state.cost - cost_new) / predicted if predicted > 0 else 1.0,
                 polished=state.polished + 1,
                 trail=trail,
+                linearized=False,
                 point=Point(r_new),
             )
             if converged:
@@ -423,8 +433,14 @@ class LevenbergMarquardt:
         """The state at the same x, to be linearised by central differences; or the end."""
         if not getattr(problem, "refine_derivatives", bool)():
             return ended
-        point = Point(state.point.residual)
-        return self.step(problem, state._replace(central=True, point=point, polished=0, trail=()))
+        anew = state._replace(
+            central=True,
+            linearized=False,
+            polished=0,
+            trail=(),
+            point=Point(state.point.residual),
+        )
+        return self.step(problem, anew)
 
 
 def message(state: LMState) -> str:

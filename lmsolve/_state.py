@@ -49,6 +49,8 @@ class LMState(NamedTuple):
         Whether the last step came from a QR factorisation.
     central : bool
         Whether differences have gone over to the central formula.
+    linearized : bool
+        Whether the problem has been linearised at ``x``, and scale and counters know of it.
     trail : tuple of (array, array)
         The latest polishing points and steps, newest first.
     status : int or None
@@ -74,6 +76,7 @@ class LMState(NamedTuple):
     doubts: int = 0
     escalated: bool = False
     central: bool = False
+    linearized: bool = False
     trail: tuple[tuple[Array, Array], ...] = ()
     status: int | None = None
     point: Any = None

@@ -416,7 +416,8 @@ class Descent:
             return state._replace(njev=self.njev - 1)  # the general solver counts it again
         D = np.array(lin.D)
         return state._replace(
-            point=Point(self.r, dense_subproblem(np, J, self.r), D, 1.0 / D, None)
+            linearized=True,
+            point=Point(self.r, dense_subproblem(np, J, self.r), D, 1.0 / D, None),
         )
 
     def _ended(self, J: np.ndarray, lin: Linearisation, status: int) -> LMState:
