@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,13 @@ def blocks(language: str) -> list[str]:
 @pytest.fixture(scope="module")
 def names() -> dict[str, Any]:
     """What the blocks that need nothing optional define, run one after the other."""
+    return run(block for block in blocks("python") if "torch" not in block)
+
+
+def run(sources: Iterable[str]) -> dict[str, Any]:
     namespace: dict[str, Any] = {}
-    for block in blocks("python"):
-        if not re.search(r"torch|legate|cupynumeric", block):
-            exec(compile(block, str(README), "exec"), namespace)
+    for source in sources:
+        exec(compile(source, str(README), "exec"), namespace)
     return namespace
 
 
@@ -37,3 +41,8 @@ def test_the_fits_are_right(names: dict[str, Any]) -> None:
     assert np.all(np.abs(names["popt"] - [2.5, 1.3, 0.5]) < 4 * np.sqrt(np.diag(names["pcov"])))
     assert names["result"].success
     assert np.allclose(names["many"].x[:, 1], names["rates"], rtol=1e-6)
+
+
+def test_the_network_is_trained() -> None:
+    pytest.importorskip("torch")
+    assert run(block for block in blocks("python") if "torch" in block)["trained"].cost < 1e-6
