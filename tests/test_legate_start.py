@@ -114,8 +114,11 @@ def test_a_start_leaves_generators_and_their_seeds_alone() -> None:
 @pytest.mark.legate
 def test_ctrl_c_is_a_keyboard_interrupt_after_a_start() -> None:
     source = """
-        import time
+        import signal, time
         from lmsolve.legate._start import start
+
+        # A shell's background job starts with Ctrl-C ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
         start()
         try:
