@@ -50,6 +50,9 @@ WEIGHT = 0.1
 WEIGHTED_PARAMETERS = 32
 #: The polish ends when no parameter changes by more than this share of itself.
 POLISHED = 3e-10
+#: The same where the step still promises a decrease: residuals that vanish at the solution, where
+#: convergence is quadratic and one more step is worth its cost.
+VANISHING = 1e-12
 #: Steps of a polish, at most, and how many earlier steps each one is mixed with.
 POLISH_STEPS, MEMORY = 20, 5
 #: A Gauss-Newton step that fails casts doubt on the convergence if it is larger than this.
@@ -356,7 +359,8 @@ class LevenbergMarquardt:
         change, predicted = to_floats(_largest_ratio(xp, step.p, size), sub.reduction(step.p))
         precision = eps(xp, state.x.dtype)
         error = getattr(problem, "derivative_error", float)()
-        if not math.isfinite(change) or change <= max(POLISHED, error, 8.0 * precision):
+        target = POLISHED if predicted <= self.ftol * state.cost else VANISHING
+        if not math.isfinite(change) or change <= max(target, error, 8.0 * precision):
             if error and self._differences_show(problem, state, error, rnorm):
                 return self._with_central_differences(problem, state, ended)
             return ended

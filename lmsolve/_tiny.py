@@ -27,6 +27,7 @@ from ._lm import (
     FTOL,
     GTOL,
     POLISHED,
+    VANISHING,
     WEIGHT,
     XTOL,
     LevenbergMarquardt,
@@ -182,7 +183,7 @@ class Linearisation:
             self.D = first_scale(norms, x.tolist())
         else:
             self.D = [v if v > FADE * s else FADE * s for s, v in zip(scale, norms)]
-        self.usable = min(norms) > 0.0 and max(norms) < math.inf
+        self.usable = min(norms) > 0.0 and math.isfinite(sum(norms))  # a sum keeps a NaN
         self._scaled: tuple[list[Vector], Vector] | None = None
 
     def scaled(self) -> tuple[list[Vector], Vector]:
@@ -363,7 +364,8 @@ class Descent:
             noise = rnorm * difference_share(self.r.shape[0])
             if error * noise > DIFFERENCE_ERROR * pivot * smallest:
                 return None
-        if change <= max(POLISHED, error, 8.0 * 2.0**-52):
+        target = POLISHED if predicted <= self.solver.ftol * self.cost else VANISHING
+        if change <= max(target, error, 8.0 * 2.0**-52):
             return False
         if (
             self.polished
