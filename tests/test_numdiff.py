@@ -180,3 +180,61 @@ def test_held_columns_in_every_library(xp):
     diff = Differences("2-point", np.ones(2), precision=xp.eps, held=np.array([True, False]))
     J = xp.host(_numdiff.dense_xp(diff, lambda x: x * x, x, xp.host(x), x * x, xp.namespace))
     np.testing.assert_allclose(J, [[0, 0], [0, 4]], rtol=1e4 * xp.eps**0.5)
+
+
+def resonance(x):
+    """Curved on a scale of 1e4 at 6e9: the size of the parameter says nothing of it."""
+    u = (x[0] - 6e9) / 1e4
+    return np.stack([1 / (1 + u**2), u / (1 + u**2), 1e-3 * x[1]])
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_central_differences_find_the_scale_of_the_curvature(mapped):
+    x, counted = np.array([6e9 + 3e3, 2.0]), Counted(resonance)
+    options = {"map": lambda f, points: [f(p) for p in points]} if mapped else {}
+    J = _numdiff.dense(differences("3-point", x, **options), counted, x, resonance(x), None)
+    u = 0.3
+    exact = np.array([-2 * u, 1 - u**2]) / (1 + u**2) ** 2 / 1e4
+    np.testing.assert_allclose(J[:2, 0], exact, rtol=1e-5)
+    np.testing.assert_allclose(J[2], [0, 1e-3], rtol=1e-9)
+    assert counted.calls == 6  # the first column twice
+
+
+def test_central_differences_in_every_library_find_it_too(xp):
+    scale = 1e-3 if xp.is_single else 1e-6
+
+    def f(x):
+        return xp.namespace.stack([xp.namespace.exp((x[0] - 1.0) / scale), x[0]])
+
+    host = np.array([1.0])
+    x = xp.array(host)
+    diff = Differences("3-point", host, precision=xp.eps)
+    J = xp.host(_numdiff.dense_xp(diff, f, x, host, f(x), xp.namespace))
+    np.testing.assert_allclose(J[:, 0] * [scale, 1], 1, rtol=0.02 if xp.is_single else 1e-4)
+
+
+def test_noise_is_not_taken_for_curvature():
+    rng = np.random.default_rng(0)
+
+    def noisy(x):
+        return x[0] * np.ones(50) + 1e-7 * rng.standard_normal(50)
+
+    x = np.array([1.0])
+    diff = Differences("3-point", x)
+    J = _numdiff.dense(diff, noisy, x, noisy(x), None)
+    np.testing.assert_allclose(J, 1, atol=4 * 1e-7 / 6e-6)  # the noise over the usual step
+
+
+@pytest.mark.parametrize("one_sided", [False, True])
+@pytest.mark.parametrize("kind", ["2-point", "3-point"])
+def test_a_function_that_fills_one_array(kind, one_sided):
+    buffer = np.empty(4)
+
+    def filled(x):
+        buffer[:] = fun(x)
+        return buffer
+
+    x = 1.3 * SIZES
+    box = {"lb": x, "ub": 2 * x} if one_sided else {}
+    J = _numdiff.dense(differences(kind, x, **box), filled, x, fun(x), None)
+    np.testing.assert_allclose(J * SIZES, jac(x) * SIZES, atol=20 * ACCURACY["2-point"])
