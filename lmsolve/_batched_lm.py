@@ -35,7 +35,7 @@ from ._batched_model import Derivative, Model, rows_of
 from ._xp import Array, Namespace, eps, to_floats
 
 RUNNING = -10  # internal: the fit has not ended
-NOT_FINITE, STALLED = -3, -4
+NOT_FINITE, STALLED = -3, -5  # -4 is the singular system of single fits
 MU_FIRST = 1e-2  # relative to the diagonal of J'J
 # Factors of mu by the gain ratio, above 0.75, above 0.25 and below (More 1978 and Nielsen 1999
 # change a radius and mu by less), and after a rejection: of twelve triples measured on five kinds

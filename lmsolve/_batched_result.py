@@ -38,7 +38,7 @@ class ManyFitsResult(OptimizeResult):  # type: ignore[misc]  # SciPy carries no 
         -1 where a parameter is at its lower bound, 1 where at its upper one, else 0.
     status : array of int, shape (B,)
         Why each fit ended: 1 `gtol`, 2 `ftol`, 3 `xtol`, 4 `ftol` and `xtol`, 0 `max_nit`,
-        -3 not finite, -4 no step lowers the cost.
+        -3 not finite, -5 no step lowers the cost.
     success : array of bool, shape (B,)
         Whether each fit converged (status > 0).
     nit, nfev, njev : array of int, shape (B,)

@@ -413,7 +413,7 @@ def test_wrong_derivatives_are_told():
 
     _, y = decays(5)
     result = curve_fit_many(decay, X, y, [2.0, 1.0, 0.5], jac=jac)
-    assert (result.status == -4).all()
+    assert (result.status == -5).all()
     assert "derivatives" in result.message[0]
 
 
