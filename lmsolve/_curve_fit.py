@@ -313,6 +313,10 @@ def _data(
     y = _floats(ydata, "ydata", check)
     if isinstance(xdata, list | tuple | np.ndarray):
         xdata = _floats(xdata, "xdata", check)
+    elif hasattr(xdata, "to_numpy") and getattr(xdata.dtype, "kind", "") in tuple("fiu"):
+        # A column of a table: in single precision its model's differences would be too.
+        _floats(xdata, "xdata", check)
+        xdata = xdata.astype(float)
     if y.size == 0:
         raise ValueError(f"`ydata` must not be empty, got shape {y.shape}.")
     if not check and nan_policy is not None:

@@ -63,7 +63,9 @@ DOUBTS = 10
 DIFFERENCE_ERROR = 2e-8
 
 CALLBACK, MAX_NFEV, GTOL, FTOL, XTOL, BOTH = -2, 0, 1, 2, 3, 4
-STALLED, SINGULAR = -3, -4
+STALLED, SINGULAR, STUCK = -3, -4, -5
+#: A trust radius below this has no square to compare with.
+NO_RADIUS = 1e-140
 
 
 class Point(NamedTuple):
@@ -290,6 +292,8 @@ class LevenbergMarquardt:
         """One damped trial."""
         xp, point = problem.xp, state.point
         sub, damping = point.subproblem, state.damping
+        if damping.radius < NO_RADIUS:
+            return state._replace(status=STUCK)
         try:
             step = self._damped(xp, state)
         except LinAlgError:
@@ -337,7 +341,7 @@ class LevenbergMarquardt:
         """``new`` with the test that fired, if one did."""
         decrease = max(abs(actual), predicted)
         flat = decrease <= self.ftol * old.cost and new.ratio <= 2.0
-        reach = self.xtol * _trust.scaled_norm(xp, new.x, D) if self.xtol else 0.0
+        reach = self.xtol * self._size(xp, new, D) if self.xtol else 0.0
         short = min(new.length, new.damping.radius) <= reach
         if flat and not short:
             return new._replace(fired=FTOL, value=decrease / old.cost, limit=self.ftol)
@@ -345,6 +349,13 @@ class LevenbergMarquardt:
             value = min(new.length, new.damping.radius) * self.xtol / reach if reach else 0.0
             return new._replace(fired=BOTH if flat else XTOL, value=value, limit=self.xtol)
         return new
+
+    def _size(self, xp: Namespace, state: LMState, D: Array) -> float:
+        """|D x|, or where x vanishes what changes the residuals by no more than rounding."""
+        size = _trust.scaled_norm(xp, state.x, D)
+        if self.x_scale is not None:
+            return size
+        return max(size, eps(xp, state.x.dtype) * math.sqrt(2.0 * state.cost))
 
     def _polish(self, problem: LeastSquaresProblem, state: LMState) -> LMState:
         """One undamped trial after a convergence test has fired, or the end."""
@@ -398,9 +409,14 @@ class LevenbergMarquardt:
             radius = max(state.damping.radius, 2.0 * step.length)
             return new._replace(fired=0, polished=0, trail=(), damping=Damping(radius))
         state = state._replace(accepted=False, polished=0, trail=())
-        if not settled and state.doubts < DOUBTS:
+        if not settled and state.doubts < DOUBTS and self._can_move(xp, state, precision):
             return state._replace(fired=0, doubts=state.doubts + 1)
-        return state._replace(status=state.fired)
+        never = state.nit == 0 and state.ratio == -math.inf  # no trial had a finite cost
+        return state._replace(status=STUCK if never else state.fired)
+
+    def _can_move(self, xp: Namespace, state: LMState, precision: float) -> bool:
+        """Whether a step within the trust radius would change x at all."""
+        return state.damping.radius > precision * _trust.scaled_norm(xp, state.x, state.point.D)
 
     def _undamped(self, xp: Namespace, state: LMState) -> Step | None:
         """The Gauss-Newton step inside the bounds, or None where it does not exist."""
@@ -458,6 +474,7 @@ def message(state: LMState) -> str:
         XTOL: f"`xtol` reached: {figures}",
         BOTH: f"`ftol` and `xtol` reached: {figures}",
         STALLED: "The Jacobian is not finite at the best point found.",
+        STUCK: "No step from the best point, however small, has a finite cost below it.",
         SINGULAR: f"The damped system stayed singular up to a damping of {state.damping.mu:.1e}.",
         None: "Still running.",
     }[state.status]
@@ -525,10 +542,10 @@ def _where(xp: Namespace, mask: Array, a: Array, b: Array | float) -> Array:
 
 
 def _largest_ratio(xp: Namespace, a: Array, b: Array) -> Array:
-    """0-d maximum of |a_j| / b_j over the entries with a positive b_j."""
+    """0-d maximum of |a_j| / b_j over the entries with a nonzero b_j; NaN if one is NaN."""
     a = xp.abs(a)
-    positive = b > 0
-    if xp is np and positive.all():
+    nonzero = b != 0
+    if xp is np and nonzero.all():
         return np.max(a / b)
     one, zero = xp.ones_like(b), xp.zeros_like(a)
-    return xp.max(xp.where(positive, a / xp.where(positive, b, one), zero))
+    return xp.max(xp.where(nonzero, a / xp.where(nonzero, b, one), zero))

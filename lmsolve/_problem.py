@@ -216,7 +216,8 @@ class Problem:
     def cost(self, r: Array) -> Array:
         """0-d cost, summed in float64."""
         if self.loss is not None:
-            return self.loss.cost(self.xp, r)
+            with np.errstate(over="ignore", invalid="ignore"):  # a trial may be anywhere
+                return self.loss.cost(self.xp, r)
         return 0.5 * sum_squares(self.xp, r)
 
     def jacobian(self, x: Array, r: Array) -> Any:
