@@ -28,6 +28,12 @@ class Box(NamedTuple):
         """x (n,) moved into the box."""
         return xp.minimum(xp.maximum(x, self.lb), self.ub)
 
+    def enter(self, xp: Namespace, x: Array, epsilon: float) -> Array:
+        """x (n,) moved into the box, and onto a bound that it differs from by rounding."""
+        near = 4.0 * epsilon * xp.abs(x)
+        lower = xp.where(xp.abs(x - self.lb) <= near, self.lb, x)
+        return self.clip(xp, xp.where(xp.abs(x - self.ub) <= near, self.ub, lower))
+
     def outside(self, x: Array) -> Array:
         """Mask (n,) of the entries that leave the box."""
         return (x < self.lb) | (x > self.ub)

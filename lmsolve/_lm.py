@@ -301,6 +301,8 @@ class LevenbergMarquardt:
         if state.nfev == 1:
             damping = damping.first(step.length)
         x_new = state.x + step.p
+        if self.bounds is not None:
+            x_new = self.bounds.enter(xp, x_new, eps(xp, state.x.dtype))
         r_new = problem.residual(x_new)
         cost_new, predicted, slope = to_floats(
             problem.cost(r_new), sub.reduction(step.p), sub.grad @ step.p
@@ -341,7 +343,13 @@ class LevenbergMarquardt:
         """``new`` with the test that fired, if one did."""
         decrease = max(abs(actual), predicted)
         flat = decrease <= self.ftol * old.cost and new.ratio <= 2.0
-        reach = self.xtol * self._size(xp, new, D) if self.xtol else 0.0
+        reach = 0.0
+        if self.xtol:
+            reach = _trust.scaled_norm(xp, new.x, D)
+            if self.x_scale is None and old.point.subproblem.norms is not None:
+                # Where x vanishes: what changes the residuals by no more than their rounding.
+                reach = max(reach, eps(xp, new.x.dtype) * math.sqrt(2.0 * new.cost))
+            reach *= self.xtol
         short = min(new.length, new.damping.radius) <= reach
         if flat and not short:
             return new._replace(fired=FTOL, value=decrease / old.cost, limit=self.ftol)
@@ -349,13 +357,6 @@ class LevenbergMarquardt:
             value = min(new.length, new.damping.radius) * self.xtol / reach if reach else 0.0
             return new._replace(fired=BOTH if flat else XTOL, value=value, limit=self.xtol)
         return new
-
-    def _size(self, xp: Namespace, state: LMState, D: Array) -> float:
-        """|D x|, or where x vanishes what changes the residuals by no more than rounding."""
-        size = _trust.scaled_norm(xp, state.x, D)
-        if self.x_scale is not None:
-            return size
-        return max(size, eps(xp, state.x.dtype) * math.sqrt(2.0 * state.cost))
 
     def _polish(self, problem: LeastSquaresProblem, state: LMState) -> LMState:
         """One undamped trial after a convergence test has fired, or the end."""
@@ -383,11 +384,12 @@ class LevenbergMarquardt:
         p, trail = _mixed(xp, state, step, point)
         x_new = state.x + p
         if self.bounds is not None:
-            x_new = self.bounds.clip(xp, x_new)
+            x_new = self.bounds.enter(xp, x_new, precision)
         r_new = problem.residual(x_new)
         (cost_new,) = to_floats(problem.cost(r_new))
-        # Rounding in the model values, about |J x|, blurs the cost by a few eps |r| |D x|.
-        noise = 8.0 * precision * (state.cost + rnorm * _trust.scaled_norm(xp, state.x, point.D))
+        # Rounding in the model values, about |J x|, blurs the cost by a few eps |r| |J x|.
+        terms = 0.0 if sub.norms is None else _trust.scaled_norm(xp, state.x, sub.norms)
+        noise = 8.0 * precision * (state.cost + rnorm * terms)
         converged = predicted <= self.ftol * state.cost
         settled = converged and change <= SETTLED
         state = state._replace(nfev=state.nfev + 1)

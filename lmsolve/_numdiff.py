@@ -113,7 +113,7 @@ class Differences:
     def _inside(self, x: np.ndarray, h: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Steps (n,) turned round, shortened or made one-sided so that they stay in bounds."""
         assert self.lb is not None and self.ub is not None
-        below, above = x - self.lb, self.ub - x
+        below, above = _room(x, self.lb), _room(x, self.ub)
         room = np.maximum(below, above)
         size = np.minimum(np.abs(h), room)
         fits = np.where(h >= 0, above, below) >= size
@@ -131,6 +131,13 @@ class Differences:
         return [j for j in range(n) if not self.held[j]]
 
 
+def _room(x: np.ndarray, bound: np.ndarray) -> np.ndarray:
+    """How far x (n,) can move towards a bound (n,) so that no rounding takes it beyond."""
+    epsilon = np.finfo(x.dtype).eps
+    reach = np.where(np.isfinite(bound), np.maximum(np.abs(x), np.abs(bound)), 0.0)
+    return np.asarray(np.maximum(np.abs(x - bound) - epsilon * reach, 0.0))
+
+
 def dense(
     diff: Differences, evaluate: Evaluate, x: np.ndarray, r: np.ndarray, out: np.ndarray | None
 ) -> np.ndarray:
@@ -140,7 +147,7 @@ def dense(
     if diff.is_plain():
         return _forward(evaluate, x, r, diff.plain_steps(x), range(n), J)
     h, one_sided = diff.steps(x)
-    columns = diff.free(n)
+    columns = [j for j in diff.free(n) if h[j] != 0]  # bounds may leave no room at all
     if len(columns) < n:
         J[...] = 0
     if diff.map is map and diff.kind == "2-point":
@@ -232,7 +239,7 @@ def dense_xp(
     """Jacobian (m, n) in a namespace without item assignment: one unit step per column."""
     h, one_sided = diff.steps(x_host)
     units = _unit_vectors(xp, x)
-    held = set(range(x.shape[0])) - set(diff.free(x.shape[0]))
+    held = set(range(x.shape[0])) - {j for j in diff.free(x.shape[0]) if h[j] != 0}
     columns, bends = [], []
     for j, unit in enumerate(units):
         if j in held:

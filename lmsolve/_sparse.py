@@ -212,7 +212,10 @@ class OperatorSubproblem:
     ) -> np.ndarray:
         """q (n,) by CGLS (Bjorck 1996, "Numerical Methods for Least Squares Problems", 7.4)."""
         z = self._r if start is None else self._r + np.asarray(self._A @ start).ravel()
-        z = -z
+        size = float(np.linalg.norm(z))  # unlike z'z it does not overflow
+        if size == 0.0 or not np.isfinite(size):
+            return np.zeros_like(d)
+        z, radius = -z / size, radius / size
         s = d * np.asarray(self._At @ z).ravel()
         q, v = np.zeros_like(s), s.copy()
         gamma = first = float(s @ s)
@@ -234,7 +237,7 @@ class OperatorSubproblem:
             alpha = gamma / curvature
             longer = q + alpha * v
             if float(longer @ longer) >= radius * radius:
-                return q + _to_boundary(q, v, radius) * v
+                return size * (q + _to_boundary(q, v, radius) * v)
             q = longer
             z = z - alpha * w
             s = d * np.asarray(self._At @ z).ravel() - mu * q
@@ -243,7 +246,7 @@ class OperatorSubproblem:
                 break
             v = s + (new / gamma) * v
             gamma = new
-        return q
+        return size * q
 
 
 def _to_boundary(q: np.ndarray, v: np.ndarray, radius: float) -> float:

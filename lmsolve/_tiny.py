@@ -375,7 +375,7 @@ class Descent:
             return None
         x_new = self.x + step
         r_new, cost_new = self._evaluate(x_new)
-        size = math.sqrt(sum((xj * Dj) ** 2 for xj, Dj in zip(x, D)))
+        size = math.sqrt(sum((xj * Dj) ** 2 for xj, Dj in zip(x, lin.norms)))
         noise = 8.0 * 2.0**-52 * (self.cost + rnorm * size)
         accepted = cost_new <= self.cost + noise
         ratio = (self.cost - cost_new) / predicted if predicted > 0 else 1.0

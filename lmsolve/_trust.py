@@ -79,6 +79,8 @@ def step(
     if hasattr(sub, "truncated"):
         p = sub.truncated(radius, d, start)
         length = scaled_norm(xp, p, D)
+        if not math.isfinite(length):
+            raise LinAlgError("the products with the Jacobian overflow")
         return Step(p, length, float(length >= radius * (1.0 - SLACK)))
     lo = mu = 0.0
     if guess > 0.0 and d.shape[0] >= LARGE:  # where a solve is dear, start from the last damping
