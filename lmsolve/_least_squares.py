@@ -34,6 +34,7 @@ from ._xp import (
     Namespace,
     array_namespace,
     convert,
+    copied,
     eps,
     is_complex,
     is_cupynumeric,
@@ -399,8 +400,9 @@ class _Fit:
             dense=o.dense,
             m=r0.shape[0],
             nfev=1,
+            _first=r0,
         )
-        return problem, r0
+        return problem, copied(r0)
 
     def _linear_solver(self) -> Any:
         o = self.options
@@ -572,7 +574,6 @@ class _Fit:
             status=status,
             message=message(state),
             success=status > 0,
-            rank=_rank(sub),
             history=history,
             state=state,
         )
@@ -586,6 +587,7 @@ class _Fit:
             gram=getattr(sub, "gram", None) if J is None else None,
             refit=partial(_refit, problem, self.xp, x, self.lb, self.ub, solver),
             names=self.names,
+            rank=sub.rank() if hasattr(sub, "rank") else None,
         )
         object.__setattr__(result, "_context", context)
         if self.complex_x or self.complex_r:
@@ -638,12 +640,6 @@ def _call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Any, x: A
 def _cast(fun: Callable[[Array], Array], dtype: Any, xp: Namespace) -> Callable[[Array], Array]:
     """``fun`` with its residuals brought to the dtype of x0."""
     return lambda x: xp.astype(fun(x), dtype)
-
-
-def _rank(sub: Any) -> int | None:
-    """Numerical rank found by the last solve, where one was."""
-    rank = getattr(sub, "rank", None)
-    return rank() if rank is not None else None
 
 
 def _iteration(state: LMState, polishing: bool) -> Iteration:

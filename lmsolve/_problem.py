@@ -21,6 +21,7 @@ from ._xp import (
     Array,
     Namespace,
     array_namespace,
+    copied,
     is_cupynumeric,
     is_numpy,
     sum_squares,
@@ -197,7 +198,7 @@ class Problem:
     J: Any = None
     nfev: int = 0
     njev: int = 0
-    _last: Any = None
+    _first: Any = None  # what `fun` returned first: some fill this array at every call
     _pending: Any = None
     _memory: dict[str, Any] = field(default_factory=dict)
     _buffer: Any = None
@@ -206,9 +207,11 @@ class Problem:
         """Residuals r (m,) at x (n,); one evaluation."""
         self.nfev += 1
         r = self.fun(x)
-        if r is self._last:  # a function that fills the same array at every call
-            r = r.copy() if is_numpy(self.xp) else self.xp.asarray(r, copy=True)
-        self._last = r
+        if self._first is None or r is self._first:
+            self._first = r
+            r = copied(r)
+        else:
+            self._first = False  # every call makes an array of its own
         if self.m is not None and r.shape[0] != self.m:
             raise _other_length("fun", self.m, r.shape[0])
         return r

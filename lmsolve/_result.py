@@ -29,6 +29,7 @@ class Context:
     refit: Callable[[np.ndarray, np.ndarray], Any] | None
     names: Sequence[str] | None = None
     absolute_sigma: bool = False
+    rank: int | None = None
 
 
 class LeastSquaresResult(OptimizeResult):  # type: ignore[misc]  # SciPy has no types
@@ -64,11 +65,19 @@ class LeastSquaresResult(OptimizeResult):  # type: ignore[misc]  # SciPy has no 
         One entry for each trial.
     state : LMState
         The last state: pass it as ``resume=`` to go on.
+    rank : int
+        Numerical rank of the Jacobian of the free parameters; computed when it is asked for.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         object.__setattr__(self, "_context", None)
+
+    @property
+    def rank(self) -> int:
+        """Numerical rank of the Jacobian of the free parameters at ``x``."""
+        known = self._known().rank  # by the last solve, if that had to look
+        return self.uncertainty().rank if known is None else known
 
     def __reduce__(self) -> tuple[Any, ...]:
         kept = {k: v for k, v in self.items() if k != "state"}

@@ -126,6 +126,11 @@ def sum_squares(xp: Namespace, r: Array) -> Array:
     return r @ r
 
 
+def copied(a: Array) -> Array:
+    """A copy of ``a`` that shares nothing with it."""
+    return a.copy() if type(a) is np.ndarray else array_namespace(a).asarray(a, copy=True)
+
+
 def total(xp: Namespace, a: Array) -> Array:
     """0-d sum of all elements, accumulated in float64."""
     return xp.sum(a, dtype=_widest(xp))
