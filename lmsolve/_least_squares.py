@@ -520,8 +520,8 @@ class _Fit:
             and p.loss is None
             and p.sparsity is None
             and p.linear_solver is None
-            and self.x0.dtype == np.float64
             and is_numpy(self.xp)
+            and self.x0.dtype == np.float64
             and self.options.workers is None
         )
 

@@ -276,7 +276,8 @@ class LevenbergMarquardt:
     def _gradient_test(self, xp: Namespace, state: LMState) -> LMState:
         """The state, ended or polishing if the gradient vanishes."""
         sub, rnorm = state.point.subproblem, math.sqrt(2.0 * state.cost)
-        g = sub.grad if state.point.held is None else sub.grad * (state.point.d > 0)
+        g, d = sub.grad, state.point.d
+        g = g if state.point.held is None else _where(xp, d > 0, g, 0.0 * d)
         norms = state.point.D if sub.norms is None else sub.norms
         steepest, longest = to_floats(_largest_ratio(xp, g, norms), xp.max(norms))
         if not math.isfinite(steepest + longest):

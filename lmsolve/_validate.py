@@ -189,7 +189,7 @@ def box(
     if not (np.isfinite(lb).any() or np.isfinite(ub).any()):
         return None, lb, ub
     lower, upper = convert(lb, x), convert(ub, x)
-    if lower.dtype != lb.dtype or not is_numpy(array_namespace(x)):
+    if not is_numpy(array_namespace(x)) or lower.dtype != lb.dtype:
         # A narrower dtype may round a bound outwards; the host copies stay what was asked for.
         lb, ub = to_numpy(lower).astype(float), to_numpy(upper).astype(float)
     return Box(lower, upper), lb, ub
