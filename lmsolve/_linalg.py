@@ -10,11 +10,17 @@ from typing import Any
 
 import array_api_compat
 import numpy as np
-from scipy.linalg import lapack
+from scipy.linalg import blas, lapack
 
 from ._xp import Array, Namespace, is_torch
 
 LinAlgError = np.linalg.LinAlgError
+
+#: Entries of J from which Cholesky QR beats Householder's (measured: 3 to 4 times as fast).
+CHOLESKY_QR = 200_000
+#: Passes of Cholesky QR, the shift of the first in units of (n + 1) eps, and the deviation of Q'Q
+#: from the identity below which the factor of it is accurate.
+PASSES, SHIFT, ORTHONORMAL = 3, 10.0, 0.1
 
 
 class Cholesky:
@@ -96,19 +102,33 @@ def identity(xp: Namespace, A: Array) -> Array:
     return xp.eye(A.shape[0], dtype=A.dtype, device=array_api_compat.device(A))
 
 
-def triangle(xp: Namespace, J: Array, r: Array, d: Array) -> tuple[Array, Array]:
-    """R (k, n) and c (k,) with ``|J diag(d) q + r| = |R q + c| + const`` for every q.
+def triangle(
+    xp: Namespace,
+    J: Array,
+    r: Array,
+    d: Array,
+    weights: Array | None = None,
+    gram: Array | None = None,
+) -> tuple[Array, Array]:
+    """R (k, n) and c (k,) with ``|W J diag(d) q + r| = |R q + c| + const`` for every q.
 
-    A tall J is reduced block of rows by block of rows, so that the scaled copy never exceeds a
-    block (Demmel, Grigori, Hoemmen, Langou 2012, "Communication-optimal parallel and sequential QR
-    and LU factorizations", section 2: the sequential tall-skinny QR).
+    A tall J is reduced block of rows by block of rows, so that no copy of it exceeds a block.
+    A large one whose Gram matrix ``gram`` (n, n) is known goes by `cholesky_qr`, which does its
+    work in products of matrices; where that fails, and for smaller ones, each block is stacked on
+    the R of those before it (Demmel, Grigori, Hoemmen, Langou 2012, "Communication-optimal
+    parallel and sequential QR and LU factorizations", section 2: sequential tall-skinny QR).
     """
     m, n = J.shape
+    if xp is np and gram is not None and m * n >= CHOLESKY_QR:
+        R = cholesky_qr(J, r, d, weights, gram)
+        if R is not None:
+            return R[:, :n], R[:, n]
     rows = max(4 * (n + 1), 8192)
     R = None
     for start in range(0, m, rows):
         stop = min(start + rows, m)  # the standard leaves slices beyond the end undefined
-        block = _augmented(xp, J[start:stop, :], r[start:stop], d)
+        w = None if weights is None else weights[start:stop]
+        block = _augmented(xp, J[start:stop, :], r[start:stop], d, w)
         if R is not None:
             block = xp.concat([R, block], axis=0)
         R = qr_r(xp, block)
@@ -116,14 +136,61 @@ def triangle(xp: Namespace, J: Array, r: Array, d: Array) -> tuple[Array, Array]
     return R[:, :n], R[:, n]
 
 
-def _augmented(xp: Namespace, J: Array, r: Array, d: Array) -> Array:
-    """``[J diag(d), r]`` (m, n + 1)."""
+def cholesky_qr(
+    J: np.ndarray, r: np.ndarray, d: np.ndarray, weights: np.ndarray | None, gram: np.ndarray
+) -> np.ndarray | None:
+    """R (n + 1, n + 1) of ``[W J diag(d), r]`` by Cholesky factors of Gram matrices, or None.
+
+    Each pass divides the rows by the R so far and factors the Gram matrix Q'Q of what results,
+    until Q is close to orthonormal; the first factor, of the matrix itself, is shifted so that it
+    exists for scaled condition numbers up to 1e12 (T. Fukaya et al. 2020, "Shifted Cholesky QR for
+    computing the QR factorization of ill-conditioned matrices").
+    The check of Q'Q against the identity is what makes the result as good as Householder's.
+    """
+    m, n = J.shape
+    single = J.dtype == np.float32
+    trsm = blas.strsm if single else blas.dtrsm
+    A = np.empty((n + 1, n + 1), dtype=J.dtype)
+    A[:n, :n] = spd_matrix(np, gram, d)
+    weighted = r if weights is None else weights * r
+    A[:n, n] = A[n, :n] = d * J.T.dot(weighted)
+    A[n, n] = r.dot(r)
+    scale = np.sqrt(A.diagonal())
+    if not (np.isfinite(scale).all() and scale.all()):
+        return None
+    A /= np.outer(scale, scale)
+    A.ravel()[:: n + 2] += SHIFT * (n + 1) * float(np.finfo(J.dtype).eps)
+    block = max(1024, 2**19 // (n + 1))
+    try:
+        R = np.linalg.cholesky(A).T * scale
+        for _ in range(PASSES):
+            G = np.zeros_like(A)
+            for start in range(0, m, block):
+                w = None if weights is None else weights[start : start + block]
+                B = _augmented(np, J[start : start + block], r[start : start + block], d, w)
+                Q = trsm(1.0, R, B, side=1, overwrite_b=1)
+                G += Q.T.dot(Q)
+            R = np.triu(np.linalg.cholesky(G).T.dot(R))
+            if np.abs(G - np.eye(n + 1)).max() < ORTHONORMAL:
+                return R
+    except LinAlgError:
+        pass
+    return None
+
+
+def _augmented(xp: Namespace, J: Array, r: Array, d: Array, weights: Array | None = None) -> Array:
+    """``[W J diag(d), r]`` (m, n + 1)."""
     if xp is np:
         block = np.empty((J.shape[0], J.shape[1] + 1), dtype=J.dtype, order="F")
         np.multiply(J, d, out=block[:, :-1])
+        if weights is not None:
+            block[:, :-1] *= weights[:, None]
         block[:, -1] = r
         return block
-    return xp.concat([J * d[None, :], r[:, None]], axis=1)
+    scaled = J * d[None, :]
+    if weights is not None:
+        scaled = scaled * weights[:, None]
+    return xp.concat([scaled, r[:, None]], axis=1)
 
 
 def qr_r(xp: Namespace, A: Array) -> Array:

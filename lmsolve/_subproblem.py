@@ -162,7 +162,7 @@ class NormalEquations:
         if self._rows is None:
             raise LinAlgError("the normal equations are not positive definite")
         self.escalated = True
-        self._refined = Factored(self._xp, self._rows, self.grad, self.norms)
+        self._refined = Factored(self._xp, self._rows, self.grad, self.norms, self.gram)
         return self._refined
 
 
@@ -230,9 +230,12 @@ class Factored:
 
     escalated = True
 
-    def __init__(self, xp: Namespace, rows: Rows, grad: Array, norms: Array) -> None:
+    def __init__(
+        self, xp: Namespace, rows: Rows, grad: Array, norms: Array, gram: Array | None = None
+    ) -> None:
         self._xp = xp
         self._rows = rows
+        self._gram = gram
         self.grad = grad
         self.norms = norms
         self._d: Array | None = None
@@ -273,8 +276,7 @@ class Factored:
         m, n = rows.J.shape
         r = rows.shifted(start)
         if m >= n:
-            scaled = d
-            R, c = _linalg.triangle(xp, rows.weighted(), r, scaled)
+            R, c = _linalg.triangle(xp, rows.J, r, d, rows.weights, self._gram)
         else:
             R, c = rows.weighted() * d[None, :], r
         U, s, Vt = _linalg.svd(xp, R)
