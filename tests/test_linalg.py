@@ -68,3 +68,28 @@ def test_svd_is_thin(xp):
     U, s, Vt = xp.host(U), xp.host(s), xp.host(Vt)
     assert (U.shape, s.shape, Vt.shape) == ((9, 5), (5,), (5, 5))
     np.testing.assert_allclose((U * s) @ Vt, A, atol=50 * xp.eps)
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e7, 1e11])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_cholesky_qr_is_as_good_as_householder(condition, weighted):
+    rng = np.random.default_rng(5)
+    m, n = 3000, 12
+    Q = np.linalg.qr(rng.standard_normal((m, n)))[0]
+    V = np.linalg.qr(rng.standard_normal((n, n)))[0]
+    J = (Q * np.logspace(0, -np.log10(condition), n)) @ V.T
+    w = rng.uniform(0.5, 2.0, m) if weighted else None
+    B = J if w is None else J * w[:, None]
+    d = 1 / np.linalg.norm(B, axis=0)
+    r = rng.standard_normal(m)
+    R = _linalg.cholesky_qr(J, r, d, w, B.T @ B)
+    assert R is not None
+    A = np.column_stack([B * d, r])
+    Q = np.linalg.solve(R.T, A.T).T
+    assert np.abs(Q.T @ Q - np.eye(n + 1)).max() < 1e-16 * condition * n + 1e-13
+    np.testing.assert_allclose(R.T @ R, A.T @ A, atol=1e-12 * m)
+
+
+def test_cholesky_qr_leaves_a_singular_matrix_to_householder():
+    J = np.ones((400, 3))
+    assert _linalg.cholesky_qr(J, np.arange(400.0), np.ones(3), None, J.T @ J) is None
