@@ -11,12 +11,14 @@ run_part() {
   bash scripts/legate-env.sh "$kind" || status=$?
   if [ $status = 3 ] && [ -z "${CI:-}" ]; then
     echo "test-legate: skipped the part '$kind': the line above says why."
-    return
+    return 3
   fi
   [ $status = 0 ] || exit $status
   mkdir -p build
-  scripts/with-legate.sh "$kind" python -m pytest -q -rs --junitxml="build/legate-$kind.xml" "$@"
-  [ -z "${CI:-}" ] || "${PYTHON:-python3}" - "build/legate-$kind.xml" <<'PY'
+  # `if run_part` below switches -e off in here.
+  scripts/with-legate.sh "$kind" python -m pytest -q -rs --junitxml="build/legate-$kind.xml" "$@" ||
+    exit 1
+  [ -z "${CI:-}" ] || "${PYTHON:-python3}" - "build/legate-$kind.xml" <<'PY' || exit 1
 import sys
 import xml.etree.ElementTree as xml
 
@@ -30,5 +32,11 @@ PY
 # Only files that mention the marker are collected: the others need packages that are not here.
 marked() { grep -lE "mark\.$1\b" tests/test_*.py; }
 
-run_part single -m "legate and not gpu" $(marked legate)
-run_part ranks -m ranks $(marked ranks)
+if run_part single -m "legate and not gpu" $(marked legate); then
+  scripts/with-legate.sh single legate --cpus 2 --gpus 0 --sysmem 1000 examples/legate_fit.py 1e6
+  scripts/with-legate.sh single python benchmarks/legate_scaling.py --smoke --repeats 2
+fi
+if run_part ranks -m ranks $(marked ranks); then
+  scripts/with-legate.sh ranks legate --launcher mpirun --ranks-per-node 2 --cpus 1 --gpus 0 \
+    --sysmem 1000 --launcher-extra=--oversubscribe examples/legate_fit.py 1e5
+fi

@@ -19,6 +19,8 @@ from lmsolve._xp import Array
 
 Function = Callable[..., Any]
 Functions = tuple[Function, Function]
+#: Columns of J'J that are made at once: more need as much memory again for the product.
+PANEL = 2048
 
 
 class NumpyBlocks:
@@ -140,32 +142,54 @@ def _device(stream: int | None) -> str:
 
 
 class HostSums:
-    """J'J and J'r of a shard in host memory."""
+    """J'J and J'r of a shard in host memory, added up in a row (1, n^2 + n) of a table."""
 
-    def __init__(self, sums: np.ndarray) -> None:
-        self._sums = sums
-        n = (math.isqrt(4 * sums.size + 1) - 1) // 2
-        self._gram = sums[: n * n].reshape(n, n)
-        self._grad = sums[n * n :]
-        self._product = np.empty((n, n))
+    def __init__(self, row: np.ndarray) -> None:
+        row[...] = 0.0
+        n = (math.isqrt(4 * row.size + 1) - 1) // 2
+        self._gram = row[0, : n * n].reshape(n, n)
+        self._grad = row[0, n * n :]
+        self._panel = min(n, PANEL)
+        self._product = np.empty((n, self._panel))
 
     def add(self, J: Array, r: Array) -> None:
         """Add a block: J (b, n), r (b,), of any library in host memory."""
         J = np.asarray(J).astype(np.float64, copy=False)
-        self._gram += np.matmul(J.T, J, out=self._product)
         self._grad += J.T @ np.asarray(r).astype(np.float64, copy=False)
+        n = J.shape[1]
+        if self._panel == n:
+            self._gram += np.matmul(J.T, J, out=self._product)
+            return
+        # One product would need n^2 numbers beside the sum: a panel of columns at a time, and
+        # only what lies on and below the diagonal.
+        for i in range(0, n, self._panel):
+            j = min(i + self._panel, n)
+            out = self._product[: n - i, : j - i]
+            self._gram[i:, i:j] += np.matmul(J[:, i:].T, J[:, i:j], out=out)
+
+    def finish(self) -> None:
+        """Fill in what lies above the diagonal, where it was left out."""
+        n = len(self._grad)
+        if self._panel < n:
+            for i in range(0, n, self._panel):
+                j = min(i + self._panel, n)
+                self._gram[i:j, j:] = self._gram[j:, i:j].T
 
 
 class DeviceSums:
-    """J'J and J'r of a shard in a GPU's memory."""
+    """J'J and J'r of a shard in a GPU's memory, added up in a row (1, n^2 + n) of a table."""
 
-    def __init__(self, sums: Any) -> None:
-        n = (math.isqrt(4 * len(sums) + 1) - 1) // 2
-        self._gram = sums[: n * n].reshape(n, n)
-        self._grad = sums[n * n :]
+    def __init__(self, row: Any) -> None:
+        row.zero_()
+        n = (math.isqrt(4 * row.numel() + 1) - 1) // 2
+        self._gram = row[0, : n * n].reshape(n, n)
+        self._grad = row[0, n * n :]
 
     def add(self, J: Array, r: Array) -> None:
         """Add a block: J (b, n), r (b,) on the device."""
         J = J.to(self._gram.dtype)
         self._gram.addmm_(J.T, J)
         self._grad.addmv_(J.T, r.to(J.dtype))
+
+    def finish(self) -> None:
+        """Nothing is left to do."""

@@ -37,5 +37,11 @@ def require(need: int, option: str, what: str) -> None:
         )
 
 
+def fitting(size: int, option: str) -> int:
+    """How many pieces of ``size`` bytes the pool holds; many where its size is not known."""
+    bytes_ = pool(option)
+    return 2**30 if bytes_ is None else bytes_ // max(size, 1)
+
+
 def _text(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"

@@ -1,10 +1,10 @@
 """A least-squares problem whose rows are evaluated where the data are, shard by shard.
 
 The m rows are cut into one shard per processor. At a trial point each shard returns its part of
-the cost, one number. At an accepted point it adds ``J'J`` (n, n) and ``J'r`` (n,) of its rows,
-block by block, to one sum over all shards. So J and r exist one block at a time, and what reaches
-the host is one number per shard and trial, and n^2 + n numbers per accepted step. The parameters,
-the damping and the solve are on the host, alike on every rank.
+the cost, one number. At an accepted point it adds up ``J'J`` (n, n) and ``J'r`` (n,) of its rows,
+block by block, and those are added up over the shards. So J and r exist one block at a time, and
+the host gets one number per shard and trial, and n^2 + n numbers per accepted step. The
+parameters, the damping and the solve are on the host, alike on every rank.
 
 Where the sums turn out ill-conditioned, the triangular factor of the rows takes their place: each
 shard reduces its own rows ``[J, r]`` to one triangle (n + 1, n + 1), and those are stacked and
@@ -144,13 +144,13 @@ class RowProblem:
         self.nfev = self.njev = 0
         self._functions = functions
         self._tasks = _tasks
-        self._sums: Any = None
+        self._sums: _tasks.Table | None = None
         self.place(m, data)
 
     def place(self, m: int, data: tuple[Array, ...]) -> None:
         """Go over to other rows."""
         self.m = m
-        self._layout = Layout(m, data, self._functions.blocks.gpu)
+        self._layout = Layout(m, data, self._functions.blocks.gpu, 8 * self.n * (self.n + 1))
 
     def residual(self, x: np.ndarray) -> Evaluated:
         """The cost at x (n,): one launch, one read."""
@@ -165,39 +165,28 @@ class RowProblem:
     def linearize(self, x: np.ndarray, r: Evaluated | None = None) -> NormalEquations:
         """The sums of J at x (n,): one launch, one read of n^2 + n numbers."""
         self.njev += 1
-        n = self.n
-        self._launch(_SumsJob(self._functions, self._layout, x), x, (self._sum_store(),))
-        sums = self._tasks.read(self._sum_store()).astype(x.dtype, copy=False)
+        n, layout = self.n, self._layout
+        table = self._table(layout)
+        self._launch(_SumsJob(self._functions, layout, x), x, (table.rows,))
+        sums = table.total().astype(x.dtype, copy=False)
         gram, grad = sums[: n * n].reshape(n, n), sums[n * n :]
-        rows = ReducedRows(self, self._layout, np.array(x))
+        rows = ReducedRows(self, layout, np.array(x))
         return NormalEquations(np, gram, grad, cast(Rows, rows))
 
     def triangle(self, layout: Layout, x: np.ndarray) -> np.ndarray:
         """Triangular factor (n + 1, n + 1) of ``[J, r]`` at x (n,): one launch, one read."""
-        from legate.core import get_legate_runtime, types
-
-        shards, size = layout.shards, (self.n + 1) ** 2
-        _memory.require(
-            8 * size * (shards + 1) + layout.resident,
-            layout.option,
-            "The triangular factors of the shards and the data",
-        )
-        factors = get_legate_runtime().create_store(types.float64, (shards, size))
-        job = _TriangleJob(self._functions, layout, x)
-        self._launch(job, x, (), (factors.partition_by_tiling((1, size)),))
-        stacked = self._tasks.read(factors).reshape(shards * (self.n + 1), self.n + 1)
+        size = (self.n + 1) ** 2
+        need = 8 * size * layout.shards + layout.resident
+        _memory.require(need, layout.option, "The triangular factors of the shards and the data")
+        table = self._tasks.Table(layout.shards, size, layout.target)
+        self._launch(_TriangleJob(self._functions, layout, x), x, (table.rows,))
+        stacked = table.read().reshape(layout.shards * (self.n + 1), self.n + 1)
         factor: np.ndarray = np.linalg.qr(stacked, mode="r")  # type: ignore[assignment]
         return factor.astype(x.dtype, copy=False)
 
-    def _launch(
-        self,
-        job: _RowJob,
-        x: np.ndarray,
-        sums: tuple[Any, ...] = (),
-        outputs: tuple[Any, ...] = (),
-    ) -> np.ndarray:
+    def _launch(self, job: _RowJob, x: np.ndarray, outputs: tuple[Any, ...] = ()) -> np.ndarray:
         layout = job.layout
-        status = self._tasks.launch(job, layout.shards, layout.target, layout.parts, outputs, sums)
+        status = self._tasks.launch(job, layout.shards, layout.target, layout.parts, outputs)
         if not (status[:, 1] == _checksum(x)).all():
             raise RuntimeError(
                 "The ranks of this run hold different parameters: give every rank the same `x0` "
@@ -205,20 +194,16 @@ class RowProblem:
             )
         return status
 
-    def _sum_store(self) -> Any:
-        """The store of J'J and J'r, row by row; made once."""
-        if self._sums is None:
-            from legate.core import get_legate_runtime, types
-
+    def _table(self, layout: Layout) -> _tasks.Table:
+        """The table of J'J and J'r, a row per shard; kept while the shards are as many."""
+        table = self._sums
+        if table is None or table.shards != layout.shards:
             size = self.n * (self.n + 1)
-            # One instance per processor of this process, and the sum itself.
-            _memory.require(
-                8 * size * (self._layout.local + 1) + self._layout.resident,
-                self._layout.option,
-                "J'J and the data",
-            )
-            self._sums = get_legate_runtime().create_store(types.float64, (size,))
-        return self._sums
+            # The rows of this process, and the columns that it adds up.
+            copies = 1 if layout.shards == 1 else layout.local + 3
+            _memory.require(8 * size * copies + layout.resident, layout.option, "J'J and the data")
+            self._sums = table = self._tasks.Table(layout.shards, size, layout.target)
+        return table
 
 
 class ReducedRows:
@@ -263,7 +248,7 @@ class ReducedRows:
 class Layout:
     """Which rows each processor holds, and the parts of the resident data."""
 
-    def __init__(self, m: int, data: tuple[Array, ...], gpu: bool) -> None:
+    def __init__(self, m: int, data: tuple[Array, ...], gpu: bool, sums: int) -> None:
         from legate.core import TaskTarget, get_legate_runtime
 
         from . import _tasks
@@ -277,12 +262,15 @@ class Layout:
                 "Legate has no CPU processor for NumPy functions: start with --cpus 1 or more."
             )
         ranks = get_legate_runtime().node_count
+        self.option = "fbmem" if self.target == TaskTarget.GPU else "sysmem"
+        if ranks == 1:
+            # Fewer shards where the sums (bytes of one) of all would not fit the pool.
+            count = max(1, min(count, _memory.fitting(sums, self.option) - 3))
         self.tile = -(-m // count)
         self.shards = -(-m // self.tile)
         self.local = -(-self.shards // ranks)
         self.m = m
         self.data = data
-        self.option = "fbmem" if self.target == TaskTarget.GPU else "sysmem"
         resident = [a for a in data if is_cupynumeric(a)]
         self.resident = sum(a.nbytes for a in resident) // ranks
         self.parts = tuple(
@@ -401,10 +389,11 @@ class _SumsJob(_RowJob):
     """J'J and J'r of a shard."""
 
     def _evaluate(self, x: Array, shard: _tasks.Shard) -> float:
-        sums = self._functions.blocks.sums(shard.sums[0])
+        sums = self._functions.blocks.sums(shard.outputs[0])
         for block, b in self._blocks(shard):
             r, J = self._functions.linear(x, block, b)
             sums.add(J, r)
+        sums.finish()
         return 0.0
 
 
