@@ -46,3 +46,10 @@ def test_the_fits_are_right(names: dict[str, Any]) -> None:
 def test_the_network_is_trained() -> None:
     pytest.importorskip("torch")
     assert run(block for block in blocks("python") if "torch" in block)["trained"].cost < 1e-6
+
+
+def test_the_guide_runs() -> None:
+    guide = README.parent / "docs" / "guide.md"
+    found = re.findall(r"^```python\n(.*?)^```", guide.read_text(), re.DOTALL | re.MULTILINE)
+    assert len(found) > 8
+    assert run(found)["peak"].success
