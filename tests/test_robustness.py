@@ -204,6 +204,23 @@ class TestSingular:
         np.testing.assert_allclose(result.x / s, BEST.x, rtol=1e-7)
 
 
+def test_flat_bound_is_no_trap():
+    """exp(-(decay t)**2) is flat in decay at its bound 0, where a rash first step leads."""
+    t = np.linspace(0.0, 250.0, 1500)
+    noise = np.random.RandomState(0).normal(scale=2.8, size=t.size)
+    true = np.array([14.0, 5.4321, 0.12345, 0.01])
+
+    def wave(x):
+        return x[0] * np.sin(x[2] + t / x[1]) * np.exp(-((x[3] * t) ** 2))
+
+    bounds = ([0.0, -np.inf, -np.pi / 2, 0.0], [20.0, 10.0, np.pi / 2, 0.1])
+    data = wave(true) + noise
+    start = [13.0, 2.0, 0.0, 0.02]
+    result = least_squares(lambda x: wave(x) - data, start, bounds=bounds, x_scale=1.0)
+    np.testing.assert_allclose(result.x, true, rtol=0.05)
+    assert result.cost < 1.01 * 0.5 * np.sum(noise**2)
+
+
 class Interrupted(Exception):
     """Raised by a user's function in these tests."""
 
