@@ -201,3 +201,13 @@ def test_leastsq_arguments_and_limit():
 def test_leastsq_of_a_singular_problem_has_no_covariance():
     x, cov, *_ = leastsq(lambda x: np.array([x[0] + x[1] - 1, 0, 0]), [3.0, 1.0], full_output=True)
     assert cov is None and x.sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_pandas(dtype):
+    pd = pytest.importorskip("pandas")
+    t, y = pd.Series(T).astype(dtype), pd.Series(Y).astype(dtype)
+    popt, pcov = curve_fit(lambda t, a, b: a * t + b, t, y, [0.1, 0.1])
+    expected, covariance = np.polyfit(T, Y, 1, cov=True)
+    np.testing.assert_allclose(popt, expected, rtol=1e-5)
+    np.testing.assert_allclose(pcov, covariance, rtol=1e-5)

@@ -461,3 +461,49 @@ def test_the_same_call_gives_the_same_answer():
 def test_non_finite_residuals_at_the_start_are_named():
     with pytest.raises(ValueError, match="finite"):
         least_squares(lambda x: np.array([1.0, np.nan, np.inf]) * x[0], [1.0])
+
+
+# Single precision, where others stop early or go wrong.
+
+
+def gauss(t, height, centre, width):
+    return height / width * np.exp(-0.5 * ((t - centre) / width) ** 2)
+
+
+@pytest.mark.parametrize("scheme", ["2-point", "3-point"])
+@pytest.mark.parametrize("x0_dtype", [np.float32, np.float64])
+def test_residuals_in_single_precision(x0_dtype, scheme):
+    rng = np.random.default_rng(0)
+    t = np.linspace(0, 1, 100, dtype=np.float32)
+    y = rng.uniform(size=100).astype(np.float32)
+    x0 = np.array([-1.0, -1.0], dtype=x0_dtype)
+    result = least_squares(lambda p: (p[0] + p[1] * t - y).astype(np.float32), x0, scheme)
+    slope, level = np.polyfit(t.astype(float), y, 1)
+    assert result.success and result.x.dtype == x0_dtype
+    np.testing.assert_allclose(result.x, [level, slope], atol=2e-4)
+
+
+@pytest.mark.parametrize("y_dtype", [np.float32, np.float64])
+def test_data_in_single_precision(y_dtype):
+    t = np.linspace(-1, 1, 20, dtype=np.float32)
+    noise = 0.05 * np.random.default_rng(0).standard_normal(20)
+    y = (gauss(t, 0.56, 0.2, 0.2) + noise).astype(y_dtype)
+    result = least_squares(lambda p: gauss(t, *p) - y, [0.4, 0.0, 0.1])
+    double = least_squares(lambda p: gauss(t.astype(float), *p) - y, [0.4, 0.0, 0.1])
+    assert result.success
+    np.testing.assert_allclose(result.x, double.x, rtol=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["linear", "huber", "soft_l1", "cauchy", "arctan"])
+@pytest.mark.parametrize("size", [1e160, 1e300])
+def test_a_trial_that_overflows_is_rejected_in_silence(size, loss):
+    calls = iter(range(10**6))
+
+    def fun(x):
+        return DECAY.fun(x) * (size if next(calls) in (1, 2) else 1.0)
+
+    result = least_squares(fun, X0, DECAY.jac, loss=loss)
+    assert result.success
+    assert [i.accepted for i in result.history[:3]] == [False, False, True]
+    expected = least_squares(DECAY.fun, BEST.x, DECAY.jac, loss=loss)
+    np.testing.assert_allclose(result.x, expected.x, rtol=1e-7)
