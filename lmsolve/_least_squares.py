@@ -548,12 +548,13 @@ class _Fit:
         sub, x = state.point.subproblem, state.x
         g = sub.grad
         r, J = state.point.residual, getattr(problem, "J", None)
-        host_x, host_g = to_numpy(x).astype(float), to_numpy(g).astype(float)
-        active = np.zeros(x.shape[0], dtype=int)
+        host_g = to_numpy(g)
         if self.box is None:
-            optimality = float(np.max(np.abs(host_g)))
+            active = np.zeros(x.shape[0], dtype=int)
+            optimality = float(np.abs(host_g).max())
             held = np.zeros(x.shape[0], dtype=bool)
         else:
+            host_x, host_g = to_numpy(x).astype(float), host_g.astype(float)
             active = _bounds.active_mask(host_x, self.lb, self.ub)
             optimality = _bounds.optimality(host_x, host_g, self.lb, self.ub)
             held = np.asarray(to_numpy(state.point.d) == 0)
@@ -738,7 +739,7 @@ class _workers:
 
     def __exit__(self, *exception: object) -> None:
         diff = getattr(self._problem, "differences", None)
-        if diff is not None:
+        if diff is not None and diff.map is not map:
             self._problem.differences = replace(diff, map=map)
         if self._pool is not None:
             self._pool.close()

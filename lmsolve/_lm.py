@@ -66,6 +66,19 @@ CALLBACK, MAX_NFEV, GTOL, FTOL, XTOL, BOTH = -2, 0, 1, 2, 3, 4
 STALLED, SINGULAR, STUCK = -3, -4, -5
 #: A trust radius below this has no square to compare with.
 NO_RADIUS = 1e-140
+#: Why a run ended, by status.
+MESSAGES: dict[int | None, str] = {
+    CALLBACK: "The callback asked to stop.",
+    MAX_NFEV: "`max_nfev` reached: {nfev} evaluations.",
+    GTOL: "`gtol` reached: {value:.1e} <= {limit:.1e}.",
+    FTOL: "`ftol` reached: {value:.1e} <= {limit:.1e}.",
+    XTOL: "`xtol` reached: {value:.1e} <= {limit:.1e}.",
+    BOTH: "`ftol` and `xtol` reached: {value:.1e} <= {limit:.1e}.",
+    STALLED: "The Jacobian is not finite at the best point found.",
+    STUCK: "No step from the best point, however small, has a finite cost below it.",
+    SINGULAR: "The damped system stayed singular up to a damping of {damping:.1e}.",
+    None: "Still running.",
+}
 
 
 class Point(NamedTuple):
@@ -468,19 +481,9 @@ class LevenbergMarquardt:
 
 def message(state: LMState) -> str:
     """Why a run ended, with the figures that decided it."""
-    figures = f"{state.value:.1e} <= {state.limit:.1e}."
-    return {
-        CALLBACK: "The callback asked to stop.",
-        MAX_NFEV: f"`max_nfev` reached: {state.nfev} evaluations.",
-        GTOL: f"`gtol` reached: {figures}",
-        FTOL: f"`ftol` reached: {figures}",
-        XTOL: f"`xtol` reached: {figures}",
-        BOTH: f"`ftol` and `xtol` reached: {figures}",
-        STALLED: "The Jacobian is not finite at the best point found.",
-        STUCK: "No step from the best point, however small, has a finite cost below it.",
-        SINGULAR: f"The damped system stayed singular up to a damping of {state.damping.mu:.1e}.",
-        None: "Still running.",
-    }[state.status]
+    return MESSAGES[state.status].format(
+        nfev=state.nfev, value=state.value, limit=state.limit, damping=state.damping.mu
+    )
 
 
 def difference_share(m: int) -> float:

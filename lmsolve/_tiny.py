@@ -36,7 +36,7 @@ from ._lm import (
 )
 from ._problem import Problem
 from ._state import LMState
-from ._subproblem import ESCALATE, dense_subproblem
+from ._subproblem import ESCALATE, NormalEquations, Rows
 from ._trust import ITERATIONS
 
 #: Beyond this many parameters LAPACK is faster (measured: the curves cross at n = 7).
@@ -417,9 +417,10 @@ class Descent:
             self.problem.reuse(J)
             return state._replace(njev=self.njev - 1)  # the general solver counts it again
         D = np.array(lin.D)
+        sub = NormalEquations(np, lin.G, lin.gradient, Rows(np, J, self.r))
         return state._replace(
             linearized=True,
-            point=Point(self.r, dense_subproblem(np, J, self.r), D, 1.0 / D, None),
+            point=Point(self.r, sub, D, 1.0 / D, None),
         )
 
     def _ended(self, J: np.ndarray, lin: Linearisation, status: int) -> LMState:
