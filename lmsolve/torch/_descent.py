@@ -28,8 +28,9 @@ from torch import Tensor
 ACCEPT = 1e-4
 #: Largest acceleration, relative to the step; better than 0.75 and 1.5 on the sinc problem.
 BENT = 0.5
-#: First damping, and where no damping helps any more.
-START, HOPELESS = 1e-3, 1e15
+#: First damping of residuals and of losses (whose curvature is not constant: a dozen trials less on
+#: small images), and where no damping helps any more.
+START, START_LOSS, HOPELESS = 1e-3, 1.0, 1e15
 
 CALLBACK, LIMIT, GTOL, FTOL, XTOL = -2, 0, 1, 2, 3
 STALLED = -3
@@ -65,8 +66,8 @@ class FitProblem(Protocol):
         """0-d cost of a handle."""
         ...
 
-    def linearize(self, x: Tensor, r: Any) -> Any:
-        """A `Linearisation` at an accepted x with handle r."""
+    def linearize(self, x: Tensor, r: Any, damping: float) -> Any:
+        """A `Linearisation` at an accepted x, good for relative dampings like this one."""
         ...
 
 
@@ -96,13 +97,13 @@ class Descent:
     def __init__(self, ftol: float = 0.0, xtol: float = 0.0, gtol: float = 0.0) -> None:
         self.ftol, self.xtol, self.gtol = ftol, xtol, gtol
 
-    def init(self, problem: FitProblem, x0: Tensor) -> FitState:
+    def init(self, problem: FitProblem, x0: Tensor, mu: float = START) -> FitState:
         """State at the start; ValueError if the cost is not finite there."""
         r = problem.residual(x0)
         cost = float(problem.cost(r))
         if not math.isfinite(cost):
             raise ValueError(f"The cost must be finite at the start, got {cost}.")
-        return FitState(x=x0, cost=cost, point=(r, None))
+        return FitState(x=x0, cost=cost, mu=mu, point=(r, None))
 
     def resume(self, problem: FitProblem, state: FitState) -> FitState:
         """The state on new data, or from a checkpoint: damping carries over, the cost does not."""
@@ -114,7 +115,7 @@ class Descent:
         assert state.point is not None
         r, sub = state.point
         if sub is None:
-            sub = problem.linearize(state.x, r)
+            sub = problem.linearize(state.x, r, state.mu)
             state = state._replace(njev=state.njev + 1, point=(None, sub))
             steepest = float(sub.grad.abs().amax())
             if not math.isfinite(steepest):

@@ -97,7 +97,8 @@ class LM:
         Parameters
         ----------
         inputs, targets : pytree of Tensor
-            The batch, on the model's device; a tuple of inputs becomes positional arguments.
+            The batch, on the host or the model's device; a tuple of inputs becomes positional
+            arguments.
         weights : Tensor, shape (samples,), optional
             Weight of each sample's part of the cost.
 
@@ -109,7 +110,7 @@ class LM:
             True if none of the dampings tried lowers the cost of this batch.
         """
         session = self._session
-        batch = make_batch(inputs, targets, weights, session.network.parameters)
+        batch = make_batch(inputs, targets, weights, session.network.parameters, move=True)
         self._take_up_changes()
         session.place(batch, self._steps)
         self._steps += 1

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import _factors, _jacobian
 from ._jacobian import Plan, Point
 from ._network import Batch, Network
-from ._products import FactorProducts, GraphProducts
+from ._products import FactorProducts, GraphProducts, HeldProducts
 from ._subproblems import (
     Bend,
     Linearised,
@@ -37,6 +37,10 @@ _MATRICES = 3
 _WIDE_ACCUMULATOR = 16384
 # Share of a step at which its curvature is looked at.
 _AHEAD = 0.1
+# Relative damping above which products of float32 rows may be made in float32.
+_COARSE = 1e-3
+# Bytes of J that are kept for two products a trial, which otherwise cost a pass each.
+_HELD = 64 << 20
 
 
 class Evaluation(NamedTuple):
@@ -144,7 +148,7 @@ class NetworkProblem:
         """0-d cost."""
         return r.cost
 
-    def linearize(self, x: Tensor, r: Evaluation) -> Linearised:
+    def linearize(self, x: Tensor, r: Evaluation, damping: float = 0.0) -> Linearised:
         """Subproblem at x (n,), in the form that fits shape and memory."""
         self.njev += 1
         passes, form = r.passes, self.form()
@@ -153,7 +157,7 @@ class NetworkProblem:
             nonlocal passes
             kept, passes = passes, None  # their graphs serve once; a second try makes its own
             if form == "normal":
-                return self._normal(x, kept)
+                return self._normal(x, kept, damping)
             return self._dual(x, kept) if form == "dual" else self._matrix_free(x)
 
         return self._retry(compute)
@@ -198,20 +202,31 @@ class NetworkProblem:
             return self.plan.samples
         return max(self.plan.samples, 1024)
 
-    def _normal(self, x: Tensor, passes: list[_factors.Pending] | None) -> TallSubproblem:
+    def _normal(
+        self, x: Tensor, passes: list[_factors.Pending] | None, damping: float = 0.0
+    ) -> TallSubproblem:
         network, n, decay = self.network, self.network.parameters.n, self.settings.decay
-        sums = NormalSums(n, accumulator(network, n), x.device)
+        own = network.parameters.dtype if damping > _COARSE else None
+        sums = NormalSums(n, accumulator(network, n), x.device, own)
         point, r = self._point(x), []
         products: Products
         if passes is None:
+            held: list[Tensor] | None = []
+            if self.m * n * network.parameters.dtype.itemsize > min(_HELD, self._block_memory()):
+                held = None
             for rows, J in _jacobian.stream(network, self.batch, point, self.plan):
                 sums.add(rows, J)
                 r.append(rows.clone())
-            products = GraphProducts(network, self.batch, point, self._evaluation_samples())
+                if held is not None:
+                    held.append(J.clone())
+            if held is not None:
+                products = HeldProducts(torch.cat(held))
+            else:
+                products = GraphProducts(network, self.batch, point, self._evaluation_samples())
         else:
             done = [pending.backward() for pending in passes]
             for found in done:
-                for rows, J in _jacobian.rows_of_pass(network, found, sums.gram.dtype):
+                for rows, J in _jacobian.rows_of_pass(network, found, sums.block_dtype):
                     sums.add(rows, J)
                 r.append(found.rows.reshape(-1))
             products = FactorProducts(done, network.parameters.offsets)

@@ -49,6 +49,21 @@ class FactorProducts:
         return torch.cat(images)
 
 
+@dataclass(frozen=True)
+class HeldProducts:
+    """Products with rows that are small enough to keep."""
+
+    J: Tensor
+
+    def transposed(self, z: Tensor) -> Tensor:
+        """J'z (n,)."""
+        return self.J.T @ z.to(self.J.dtype)
+
+    def product(self, p: Tensor) -> Tensor:
+        """J p (m,)."""
+        return self.J @ p.to(self.J.dtype)
+
+
 @dataclass
 class GraphProducts:
     """Products by reverse mode, and by forward mode where the model has it."""

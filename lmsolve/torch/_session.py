@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from ._descent import Descent, FitState
+from ._descent import START, START_LOSS, Descent, FitState
 from ._jacobian import Plan, Point, choose
 from ._losses import Objective, ResidualFunction, from_loss, from_residual
 from ._network import Batch, Network
@@ -95,7 +95,8 @@ class Session:
         plan = self._plan(batch, settings)
         self.problem = PROBLEMS[self.options.linalg](self.network, batch, plan, settings)
         if self.state is None:
-            self.state = self.solver.init(self.problem, self.x0)
+            start = START if self.network.objective.exact else START_LOSS
+            self.state = self.solver.init(self.problem, self.x0, start)
         else:
             self.state = self.solver.resume(self.problem, self.state)
 
