@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,13 @@ from scipy.optimize import OptimizeWarning
 
 from . import _validate
 from ._least_squares import UNBOUNDED, least_squares
+from ._linalg import Cholesky, spd_matrix
 from ._result import LeastSquaresResult
+from ._subproblem import NormalEquations
 from ._xp import Array, array_namespace, convert, is_array, to_numpy
+
+#: Smallest squared pivot of the scaled normal matrix that `_well_conditioned` takes.
+QUICK = 1e-5
 
 
 class CurveFit(tuple):  # type: ignore[type-arg]
@@ -229,6 +235,11 @@ def _jacobian(jac: Any, xdata: Any, whiten: Any, p: Array) -> Array:
 
 def _parameter_names(f: Any) -> list[str] | None:
     """Names of the model's parameters, or None where they cannot be told."""
+    if type(f) is FunctionType and not hasattr(f, "__wrapped__"):  # inspect takes 40 us to say it
+        code = f.__code__
+        if code.co_flags & inspect.CO_VARARGS:
+            return None
+        return list(code.co_varnames[1 : code.co_argcount])
     try:
         parameters = list(inspect.signature(f).parameters.values())
     except (TypeError, ValueError):
@@ -241,6 +252,9 @@ def _parameter_names(f: Any) -> list[str] | None:
 
 def _check_number(f: Any, n: int) -> None:
     """TypeError unless f can be called with the data and n parameters."""
+    names = _parameter_names(f)
+    if type(f) is FunctionType and names is not None and len(names) == n and not f.__kwdefaults__:
+        return
     try:
         signature = inspect.signature(f)
     except (TypeError, ValueError):
@@ -431,6 +445,10 @@ def _pcov(result: LeastSquaresResult, absolute_sigma: bool) -> np.ndarray:
     Parameters at a bound count as free, as in SciPy, unless the data do not determine them there.
     """
     context = result._context
+    if context.loss is None and result.state is not None and not context.held.any():
+        quick = _well_conditioned(result, absolute_sigma)
+        if quick is not None:
+            return quick
     object.__setattr__(result, "_context", replace(context, held=context.lb == context.ub))
     try:
         cov = result.uncertainty(absolute_sigma=absolute_sigma).covariance
@@ -445,6 +463,32 @@ def _pcov(result: LeastSquaresResult, absolute_sigma: bool) -> np.ndarray:
             stacklevel=3,
         )
         return np.full_like(cov, np.inf)
+    return cov
+
+
+def _well_conditioned(result: LeastSquaresResult, absolute_sigma: bool) -> np.ndarray | None:
+    """Covariance from the normal matrix, where its condition costs no digit that is printed.
+
+    Relative errors are about ``eps / pivot``; a fifth of the time of `uncertainty`, which takes
+    more of it than the rest of a small fit.
+    """
+    sub, J = result.state.point.subproblem, result.jac
+    if type(J) is not np.ndarray or type(sub) is not NormalEquations or J.shape[0] <= J.shape[1]:
+        return None
+    if not sub.norms.all():
+        return None
+    d = 1.0 / sub.norms
+    try:
+        factor = Cholesky(np, spd_matrix(np, sub.gram, d))
+    except np.linalg.LinAlgError:
+        return None
+    if factor.pivot < QUICK:
+        return None
+    cov = factor.inverse()
+    cov *= d
+    cov *= d[:, None]
+    if not absolute_sigma:
+        cov *= 2.0 * result.cost / (J.shape[0] - J.shape[1])
     return cov
 
 
