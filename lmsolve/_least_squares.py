@@ -476,7 +476,7 @@ class _Fit:
             if resume is None:
                 state = solver.init(problem, x, self.r0)
             elif isinstance(resume, LMState):
-                state = solver.resume(problem, resume)
+                state = solver.resume(problem, resume.moved(x))
             else:
                 raise TypeError(f"`resume` must be an LMState, got {type(resume).__name__}.")
             if verbose == 2:

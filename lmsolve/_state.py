@@ -81,6 +81,26 @@ class LMState(NamedTuple):
     status: int | None = None
     point: Any = None
 
+    def moved(self, like: Array) -> LMState:
+        """The state with its arrays in another library, dtype and device.
+
+        Parameters
+        ----------
+        like : array
+            An array of that library, dtype and device.
+
+        Returns
+        -------
+        LMState
+            The state, without its linearisation.
+        """
+        return self._replace(
+            x=convert(self.x, like),
+            scale=None if self.scale is None else convert(self.scale, like),
+            trail=tuple((convert(x, like), convert(p, like)) for x, p in self.trail),
+            point=None,
+        )
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to a file, atomically: the old file stays until the new one is complete.
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from ._bounds import Box
 from ._loss import LOSSES, Loss, UserLoss
-from ._xp import Array, all_finite, array_namespace, convert, is_array, is_numpy, to_numpy
+from ._xp import Array, all_finite, array_namespace, convert, copied, is_array, is_numpy, to_numpy
 
 METHODS = ("lm", "trf", "dogbox")
 DIFFERENCES = ("2-point", "3-point", "cs")
@@ -77,7 +77,7 @@ def _foreign_parameters(x0: Any, name: str) -> Array:
     if not xp.isdtype(x0.dtype, ("real floating", "complex floating")):
         raise TypeError(f"`{name}` must hold floating-point numbers, got dtype {x0.dtype}.")
     x = x0.detach() if hasattr(x0, "detach") else x0
-    return xp.reshape(x, (1,)) if x.ndim == 0 else xp.asarray(x, copy=True)
+    return xp.reshape(x, (1,)) if x.ndim == 0 else copied(x)
 
 
 def tolerances(ftol: Any, xtol: Any, gtol: Any, precision: float) -> tuple[float, float, float]:

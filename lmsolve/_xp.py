@@ -128,7 +128,9 @@ def sum_squares(xp: Namespace, r: Array) -> Array:
 
 def copied(a: Array) -> Array:
     """A copy of ``a`` that shares nothing with it."""
-    return a.copy() if type(a) is np.ndarray else array_namespace(a).asarray(a, copy=True)
+    if type(a) is np.ndarray or is_cupynumeric(a):
+        return a.copy()
+    return array_namespace(a).asarray(a, copy=True)
 
 
 def total(xp: Namespace, a: Array) -> Array:
