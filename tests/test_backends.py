@@ -106,8 +106,9 @@ def test_losses(xp, loss):
 
 def test_a_loss_of_ones_own(xp):
     def half(z):
-        assert xp.owns(z)
-        ns = xp.namespace
+        on_host = xp.name == "cupynumeric" and isinstance(z, np.ndarray)  # too small to gain
+        assert xp.owns(z) or on_host
+        ns = np if on_host else xp.namespace
         return ns.stack([0.5 * z, 0.5 * ns.ones_like(z), ns.zeros_like(z)])
 
     ours = least_squares(xp.hosted(DECAY.fun), xp.array(DECAY.x0), loss=half)
@@ -202,6 +203,8 @@ def test_resumed_equals_uninterrupted(xp, exact, tmp_path):
         state.save(tmp_path / "state.npz")
         loaded = LMState.load(tmp_path / "state.npz", like=x0)
         resumed = least_squares(fun, x0, resume=loaded, **options)
+        elsewhere = least_squares(fun, x0, resume=LMState.load(tmp_path / "state.npz"), **options)
+        assert xp.host(elsewhere.x).tobytes() == xp.host(resumed.x).tobytes()
         assert xp.host(resumed.x).tobytes() == xp.host(whole.x).tobytes()
         assert (resumed.cost, resumed.nfev, resumed.njev) == (whole.cost, whole.nfev, whole.njev)
 
@@ -232,7 +235,7 @@ def test_complex_parameters(xp):
     true = [2 - 1j, 0.5 + 3j]
 
     def model(z):
-        return z[0] * ns.exp(-z[1] * ns.astype(t, ns.complex128))
+        return z[0] * ns.exp(-z[1] * t)
 
     y = model(ns.asarray(true, dtype=ns.complex128))
     z0 = ns.asarray([1.5 - 0.5j, 0.4 + 2.7j], dtype=ns.complex128)
