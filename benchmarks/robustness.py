@@ -15,10 +15,6 @@ Calls are counted by wrappers: `fun` residuals, less those for finite difference
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -27,16 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy
+from _common import RESULTS, Counter, footer, save, table
 from scipy.optimize import least_squares as scipy_least_squares
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import lmsolve
+from tests import nist, problems
 
-import lmsolve  # noqa: E402  (after the path, so that a checkout needs no installation)
-from tests import nist, problems  # noqa: E402
-
-RESULTS = ROOT / "benchmarks" / "results" / "robustness.json"
 SMOKE_NIST = ("Misra1a", "BoxBOD", "MGH17")
 SMOKE_PROBLEMS = ("rosenbrock", "bard", "watson_6", "penalty_1_4")
 MAX_NFEV = 10_000  # for SciPy with tight tolerances: convergence is tested, not the budget
@@ -71,18 +63,6 @@ class Run:
     cost: float
     digits: float = 0.0
     outcome: str = ""
-
-
-class Counter:
-    """A function that counts its calls."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-        self.calls = 0
-
-    def __call__(self, x: Any) -> Any:
-        self.calls += 1
-        return self.function(x)
 
 
 def tight(tol: float, **options: Any) -> dict[str, Any]:
@@ -179,21 +159,6 @@ def outcome(problem: problems.Problem, cost: float) -> str:
     if problem.solved(cost):
         return "local"
     return "infinity" if problem.solved(cost, problem.cost_infinity) else "no"
-
-
-def table(header: list[str], rows: list[list[Any]]) -> str:
-    """Text columns, the first one left-aligned, numbers right-aligned."""
-    cells = [header, *([_cell(value) for value in row] for row in rows)]
-    widths = [max(len(row[k]) for row in cells) for k in range(len(header))]
-    lines = [
-        "  ".join(c.rjust(w) if k else c.ljust(w) for k, (c, w) in enumerate(zip(row, widths)))
-        for row in cells
-    ]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
 def nist_report(runs: list[Run], solvers: list[Solver]) -> str:
@@ -314,42 +279,13 @@ def _together(by_key: dict[Any, Run], names: list[str]) -> str:
     )
 
 
-def _raw(nist_runs: list[Run], mgh_runs: list[Run]) -> str:
-    """JSON with one run a line."""
-    parts = [f'"environment": {json.dumps(environment())}']
-    for name, runs in (("nist", nist_runs), ("mgh", mgh_runs)):
-        lines = ",\n".join(json.dumps(asdict(run)) for run in runs)
-        parts.append(f'"{name}": [\n{lines}\n]')
-    return "{\n" + ",\n".join(parts) + "\n}\n"
-
-
-def environment() -> dict[str, Any]:
-    return {
-        "lmsolve": lmsolve.__version__,
-        "numpy": np.__version__,
-        "scipy": scipy.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "system": platform.system(),
-        "processor": _processor(),
-        "cpus": os.cpu_count(),
-        "blas": np.show_config(mode="dicts")["Build Dependencies"]["blas"]["name"],
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", ""),
-    }
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="a few problems, nothing written")
     parser.add_argument("--only", default="", help="only the solvers with this in their name")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="where the raw JSON goes")
+    parser.add_argument(
+        "--output", type=Path, default=RESULTS / "robustness.json", help="raw figures"
+    )
     args = parser.parse_args()
     nist_chosen = [s for s in nist_solvers() if args.only in s.name]
     mgh_chosen = [s for s in mgh_solvers() if args.only in s.name]
@@ -357,10 +293,10 @@ def main() -> None:
     print(nist_report(nist_runs, nist_chosen), end="\n\n\n")
     mgh_runs = run_mgh(mgh_chosen, SMOKE_PROBLEMS if args.smoke else tuple(problems.PROBLEMS))
     print(mgh_report(mgh_runs, mgh_chosen))
+    print("\n" + footer())
     if not args.smoke:
-        args.output.parent.mkdir(exist_ok=True)
-        args.output.write_text(_raw(nist_runs, mgh_runs))
-        print(f"\nRaw figures: {args.output}")
+        raw = {"nist": nist_runs, "mgh": mgh_runs}
+        save(args.output, {k: [asdict(run) for run in runs] for k, runs in raw.items()})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,284 @@
+"""How long does a small fit take? Four curve fits of 3 to 10 parameters, beside SciPy and lmfit.
+
+    python benchmarks/small_fits.py             # the table, and results/small_fits.json
+    python benchmarks/small_fits.py --smoke     # two problems, few repeats, nothing written
+    python benchmarks/small_fits.py --seconds 20
+
+All solvers fit the same data from the same start with their own default tolerances, and take
+turns. Times are medians of warm fits in one process; "to lm" is the ratio to
+`scipy.optimize.least_squares(method='lm')`, "to curve_fit" that to SciPy's `curve_fit`, as the
+median over the rounds of the ratio within a round. Calls are counted by wrappers, those for finite
+differences included. "excess" is the relative distance of the cost from the lowest one found; a
+solver that ends more than 1e-6 above it gets no ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.optimize
+from _common import CLOCKS, RESULTS, Clock, Counter, footer, quartiles, save, table, take_turns
+
+import lmsolve
+
+EQUAL = 1e-6
+REFERENCE, CURVE_FIT = "scipy least_squares lm", "scipy curve_fit"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A model f(t, *p) with its Jacobian (m, n), data t and y (m,), and a start p0 (n,)."""
+
+    name: str
+    model: Callable[..., np.ndarray]
+    jac: Callable[..., np.ndarray]
+    t: Any
+    y: np.ndarray
+    p0: np.ndarray
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One solver on one problem."""
+
+    problem: str
+    jac: str
+    solver: str
+    seconds: list[float]
+    cost: float
+    fun_calls: int
+    jac_calls: int
+
+
+def decay() -> Curve:
+    t = np.linspace(0, 4, 100)
+
+    def model(t, a, k, c):
+        return a * np.exp(-k * t) + c
+
+    def jac(t, a, k, c):
+        J = np.empty((t.size, 3))
+        J[:, 0] = np.exp(-k * t)
+        J[:, 1] = -a * t * J[:, 0]
+        J[:, 2] = 1
+        return J
+
+    return _with_noise("decay 3 x 100", model, jac, t, [2.5, 1.3, 0.5], 0.02, [1, 1, 1])
+
+
+def peak() -> Curve:
+    t = np.linspace(-5, 5, 1000)
+
+    def model(t, a, c, s, b):
+        return a * np.exp(-0.5 * ((t - c) / s) ** 2) + b
+
+    def jac(t, a, c, s, b):
+        J = np.empty((t.size, 4))
+        u = (t - c) / s
+        J[:, 0] = e = np.exp(-0.5 * u * u)
+        J[:, 1] = d = a / s * e * u
+        J[:, 2] = d * u
+        J[:, 3] = 1
+        return J
+
+    return _with_noise("peak 4 x 1000", model, jac, t, [3, 0.7, 1.2, 0.3], 0.05, [1, 0, 2, 0])
+
+
+def three_peaks() -> Curve:
+    t = np.linspace(0, 10, 10_000)
+
+    def model(t, *p):
+        y = np.full(t.size, p[9])
+        for a, c, s in (p[0:3], p[3:6], p[6:9]):
+            y += a * np.exp(-0.5 * ((t - c) / s) ** 2)
+        return y
+
+    def jac(t, *p):
+        J = np.empty((t.size, 10), order="F")
+        for k in (0, 3, 6):
+            a, c, s = p[k : k + 3]
+            u = (t - c) / s
+            J[:, k] = e = np.exp(-0.5 * u * u)
+            J[:, k + 1] = d = a / s * e * u
+            J[:, k + 2] = d * u
+        J[:, 9] = 1
+        return J
+
+    true = [3, 2, 0.5, 2, 5, 0.7, 4, 7.5, 0.4, 0.2]
+    start = [2.5, 2.2, 0.6, 1.5, 5.3, 0.6, 3, 7.3, 0.5, 0]
+    return _with_noise("3 peaks 10 x 10000", model, jac, t, true, 0.05, start)
+
+
+def spot() -> Curve:
+    side = np.linspace(-3, 3, 200)
+    uv = np.stack([g.ravel() for g in np.meshgrid(side, side)])
+
+    def turned(uv, cu, cv, angle):
+        c, s = np.cos(angle), np.sin(angle)
+        u, v = uv[0] - cu, uv[1] - cv
+        return u * c + v * s, v * c - u * s, c, s
+
+    def model(uv, h, cu, cv, su, sv, angle, b):
+        u, v, _, _ = turned(uv, cu, cv, angle)
+        return h * np.exp(-0.5 * ((u / su) ** 2 + (v / sv) ** 2)) + b
+
+    def jac(uv, h, cu, cv, su, sv, angle, b):
+        u, v, c, s = turned(uv, cu, cv, angle)
+        e = np.exp(-0.5 * ((u / su) ** 2 + (v / sv) ** 2))
+        J = np.empty((e.size, 7), order="F")
+        J[:, 0] = e
+        e *= h
+        du, dv = e * u / su**2, e * v / sv**2
+        J[:, 1] = du * c - dv * s
+        J[:, 2] = du * s + dv * c
+        J[:, 3] = du * u / su
+        J[:, 4] = dv * v / sv
+        J[:, 5] = dv * u - du * v
+        J[:, 6] = 1
+        return J
+
+    true = [2, 0.3, -0.4, 0.8, 1.3, 0.4, 0.1]
+    start = [1.5, 0, 0, 1, 1.1, 0.2, 0]
+    return _with_noise("2-D peak 7 x 40000", model, jac, uv, true, 0.05, start)
+
+
+def _with_noise(name, model, jac, t, true, sigma, p0) -> Curve:
+    y = model(t, *true)
+    y = y + sigma * np.random.default_rng(0).standard_normal(y.shape)
+    return Curve(name, model, jac, t, y, np.array(p0, dtype=float))
+
+
+Solve = Callable[[Callable[..., Any], Callable[..., Any] | None], Any]
+
+
+def solvers(curve: Curve) -> dict[str, Solve]:
+    """Each takes the model and its Jacobian, or None for forward differences, and returns x."""
+    t, y, p0 = curve.t, curve.y, curve.p0
+
+    def residuals(model, jac):
+        return (
+            lambda p: model(t, *p) - y,
+            "2-point" if jac is None else lambda p: jac(t, *p),
+        )
+
+    def ours(model, jac):
+        return lmsolve.least_squares(*_in_order(residuals(model, jac), p0)).x
+
+    def scipy_method(method):
+        def solve(model, jac):
+            arguments = _in_order(residuals(model, jac), p0)
+            return scipy.optimize.least_squares(*arguments, method=method).x
+
+        return solve
+
+    def leastsq(model, jac):
+        fun, Dfun = residuals(model, jac)
+        return scipy.optimize.leastsq(fun, p0, Dfun=None if jac is None else Dfun)[0]
+
+    found: dict[str, Solve] = {
+        "lmsolve least_squares": ours,
+        REFERENCE: scipy_method("lm"),
+        "scipy least_squares trf": scipy_method("trf"),
+        "scipy leastsq": leastsq,
+        "lmsolve curve_fit": lambda model, jac: lmsolve.curve_fit(model, t, y, p0, jac=jac)[0],
+        CURVE_FIT: lambda model, jac: scipy.optimize.curve_fit(model, t, y, p0, jac=jac)[0],
+    }
+    if importlib.util.find_spec("lmfit"):
+        found["lmfit minimize leastsq"] = _lmfit(curve)
+    return found
+
+
+def _in_order(pair: tuple[Any, Any], p0: np.ndarray) -> tuple[Any, Any, Any]:
+    return pair[0], p0, pair[1]
+
+
+def _lmfit(curve: Curve) -> Solve:
+    import lmfit
+
+    start = lmfit.Parameters()
+    for k, value in enumerate(curve.p0):
+        start.add(f"p{k}", value)
+
+    def values(params):
+        return [p.value for p in params.values()]
+
+    def solve(model, jac):
+        options = {} if jac is None else {"Dfun": lambda q: jac(curve.t, *values(q))}
+
+        def residual(q):
+            return model(curve.t, *values(q)) - curve.y
+
+        return np.array(values(lmfit.minimize(residual, start, **options).params))
+
+    return solve
+
+
+def measure(curve: Curve, exact: bool, budget: float, least: int, clock: Clock) -> list[Timing]:
+    jac = curve.jac if exact else None
+    runs, counted = {}, {}
+    for name, solve in solvers(curve).items():
+        model, counted_jac = Counter(curve.model), Counter(curve.jac)
+        p = solve(model, counted_jac if exact else None)
+        cost = 0.5 * float(np.sum((curve.model(curve.t, *p) - curve.y) ** 2))
+        counted[name] = (cost, model.calls, counted_jac.calls)
+        runs[name] = lambda solve=solve: solve(curve.model, jac)
+    seconds = take_turns(runs, budget, least, clock=clock)
+    kind = "exact" if exact else "2-point"
+    return [Timing(curve.name, kind, name, seconds[name], *counted[name]) for name in runs]
+
+
+def rows_of(timings: list[Timing]) -> list[list[Any]]:
+    """Table rows of one problem with one kind of Jacobian."""
+    by_name = {t.solver: t for t in timings}
+    best = min(t.cost for t in timings)
+    rows = []
+    for t in timings:
+        low, middle, high = (1e6 * s for s in quartiles(t.seconds))
+        equal = t.cost <= best * (1 + EQUAL)
+        ratios = [
+            f"{ratio(t, by_name[peer]):.2f}" if equal else "-" for peer in (REFERENCE, CURVE_FIT)
+        ]
+        rows.append([
+            t.problem, t.jac, t.solver, f"{middle:,.0f}", f"{low:,.0f} .. {high:,.0f}", *ratios,
+            t.fun_calls, t.jac_calls, f"{t.cost / best - 1:.0e}",
+        ])  # fmt: skip
+    return rows
+
+
+def ratio(ours: Timing, peer: Timing) -> float:
+    """Median over the rounds of the ratio within a round."""
+    return float(np.median(np.divide(ours.seconds, peer.seconds)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="few repeats, nothing written")
+    parser.add_argument("--seconds", type=float, default=10.0, help="for each problem and jac")
+    parser.add_argument("--clock", choices=CLOCKS, default="cpu")
+    parser.add_argument("--output", type=Path, default=RESULTS / "small_fits.json")
+    args = parser.parse_args()
+    curves = [decay(), peak()] if args.smoke else [decay(), peak(), three_peaks(), spot()]
+    budget, least = (0.2, 2) if args.smoke else (args.seconds, 7)
+    timings, rows = [], []
+    for curve in curves:
+        for exact in (False, True):
+            found = measure(curve, exact, budget, least, CLOCKS[args.clock])
+            timings += found
+            rows += rows_of(found)
+    print(table(
+        ["problem", "jac", "solver", "us", "quartiles", "to lm", "to curve_fit", "fun", "jac",
+         "excess"], rows,
+    ))  # fmt: skip
+    print("\n" + footer())
+    if not args.smoke:
+        save(args.output, {"clock": args.clock, "timings": [asdict(t) for t in timings]})
+
+
+if __name__ == "__main__":
+    main()
