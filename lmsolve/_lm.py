@@ -261,7 +261,7 @@ class LevenbergMarquardt:
         damping = state.damping
         if damping.radius == 0.0:
             length = _trust.scaled_norm(xp, state.x, D)
-            damping = Damping(length if 0.0 < length < math.inf else 1.0)
+            damping = Damping(first_radius(length, state.cost))
         again = state.linearized
         state = state._replace(
             scale=scale,
@@ -493,6 +493,14 @@ def difference_share(m: int) -> float:
     below 4 times that.
     """
     return min(1.0, 4.0 / math.sqrt(m))
+
+
+def first_radius(length: float, cost: float) -> float:
+    """First trust radius: the scaled length of x0, or |r| at a start at zero, which has none.
+
+    Both are in the unit of D x, that of the residuals.
+    """
+    return length if 0.0 < length < math.inf else math.sqrt(2.0 * cost) or 1.0
 
 
 def _first_scale(xp: Namespace, norms: Array, x: Array) -> Array:

@@ -33,6 +33,7 @@ from ._lm import (
     LevenbergMarquardt,
     Point,
     difference_share,
+    first_radius,
 )
 from ._problem import Problem
 from ._state import LMState
@@ -277,7 +278,7 @@ class Descent:
 
     def _first_radius(self, D: Vector) -> None:
         self.size = math.sqrt(sum((v * Di) ** 2 for v, Di in zip(self.x.tolist(), D)))
-        self.damping = Damping(self.size if 0.0 < self.size < math.inf else 1.0)
+        self.damping = Damping(first_radius(self.size, self.cost))
 
     def _trials(self, lin: Linearisation) -> bool | None:
         """Trials at one x until one is accepted: True; None leaves it to the general solver."""

@@ -199,6 +199,25 @@ def test_units_of_parameters_and_residuals_do_not_matter(scale):
     np.testing.assert_allclose(result.x * units, plain.x, rtol=1e-8)
 
 
+@pytest.mark.parametrize("bounds", [(-np.inf, np.inf), (-1e9, 1e9)])  # the tiny path, the general
+def test_from_zero_the_unit_of_the_residuals_does_not_matter(bounds):
+    t = np.linspace(0, 1, 20)
+
+    def run(unit):
+        return least_squares(
+            lambda x: unit * (np.expm1(x[0] + x[1] * t) - 2 * t - 1),
+            [0.0, 0.0],
+            lambda x: unit * np.exp(x[0] + x[1] * t)[:, None] * np.stack([t**0, t], axis=1),
+            bounds,
+        )
+
+    plain = run(1.0)
+    for unit in (2.0**-40, 2.0**40):
+        scaled = run(unit)
+        assert (scaled.nfev, scaled.njev) == (plain.nfev, plain.njev)
+        np.testing.assert_allclose(scaled.x, plain.x, rtol=1e-12)
+
+
 def test_a_start_at_the_solution_ends_at_once():
     decay = Decay(noise=0.0)
     result = least_squares(decay.fun, [2.5, 1.3, 0.5], decay.jac)
