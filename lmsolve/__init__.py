@@ -3,7 +3,8 @@
 from ._batched import ManyFitsResult, curve_fit_many, least_squares_many
 from ._check_jac import JacobianCheck, check_jac
 from ._curve_fit import CurveFit, curve_fit, leastsq
-from ._least_squares import Iteration, least_squares
+from ._history import Iteration
+from ._least_squares import least_squares
 from ._lm import LevenbergMarquardt
 from ._result import LeastSquaresResult
 from ._state import LMState

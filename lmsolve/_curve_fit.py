@@ -16,7 +16,8 @@ from scipy.linalg import qr, solve_triangular
 from scipy.optimize import OptimizeWarning
 
 from . import _validate
-from ._least_squares import UNBOUNDED, least_squares
+from ._fit import UNBOUNDED
+from ._least_squares import least_squares
 from ._linalg import Cholesky, spd_matrix
 from ._result import LeastSquaresResult
 from ._subproblem import NormalEquations

@@ -21,7 +21,7 @@ HARD = {"numpy", "scipy"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {
         "_least_squares", "_curve_fit", "_lm", "_state", "_result", "_uncertainty", "_batched",
-        "_check_jac",
+        "_check_jac", "_history",
     },
     "__main__": {"__init__", "torch", "legate/_start"},
     "_xp": {"array_api_compat"},
@@ -43,11 +43,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_uncertainty": {"_xp", "_linalg"},
     "_report": {"_xp"},
     "_result": {"_xp", "_uncertainty", "_report"},
+    "_history": {"_state"},
+    "_hooks": set(),
 }  # fmt: skip
 CORE = set(MAY_IMPORT) - {"__init__", "__main__"}
 MAY_IMPORT |= {
-    "_least_squares": CORE | {"legate/_arrays"},
-    "_curve_fit": CORE | {"_least_squares"},
+    "_fit": CORE,
+    "_least_squares": CORE | {"_fit", "legate/_arrays"},
+    "_curve_fit": CORE | {"_fit", "_least_squares"},
     "_check_jac": CORE | {"_curve_fit"},
     "_batched_model": {"_xp", "_loss", "torch"},
     "_batched_lm": {"_xp", "_batched_model"},

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-import lmsolve._least_squares as front
+import lmsolve._fit as front
 from lmsolve import least_squares
 from lmsolve._tiny import PARAMETERS, back, cholesky, damped, dot, forward, product
 from tests.nist import CASES, load

@@ -1,0 +1,432 @@
+"""One fit: from the caller's arguments to a problem, a run over the step-wise solver, a result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.optimize import OptimizeResult
+
+from . import _bounds, _complex, _history, _hooks, _numdiff, _validate
+from ._lm import CALLBACK, LevenbergMarquardt, message
+from ._numdiff import Differences
+from ._problem import (
+    Problem,
+    ResidualAndJacobian,
+    StreamedProblem,
+    UserFunction,
+)
+from ._result import Context, LeastSquaresResult
+from ._state import LMState
+from ._subproblem import dense_subproblem
+from ._tiny import PARAMETERS as TINY
+from ._tiny import Descent
+from ._xp import (
+    Array,
+    Namespace,
+    array_namespace,
+    convert,
+    copied,
+    eps,
+    is_complex,
+    is_numpy,
+    to_numpy,
+)
+
+UNBOUNDED = (-np.inf, np.inf)
+
+
+class Options(NamedTuple):
+    """How the residuals are weighed and differentiated, as the caller said it."""
+
+    jac: Any = "2-point"
+    loss: Any = "linear"
+    f_scale: Any = 1.0
+    diff_step: Any = None
+    tr_solver: Any = None
+    tr_options: Any = None
+    jac_sparsity: Any = None
+    workers: Any = None
+    dense: Any = dense_subproblem
+
+
+class Fit:
+    """One call: from the caller's arguments to a problem, a run and a result."""
+
+    def __init__(
+        self,
+        fun: Any,
+        x: Array,
+        bounds: Any,
+        fixed: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any] | None,
+        options: Options,
+        names: Sequence[str] | None,
+    ) -> None:
+        self.xp: Namespace = array_namespace(x)
+        self.names = names
+        self.options = options
+        self.fun, self.fixed = fun, fixed
+        self.words = getattr(fun, "words", ("fun", "x0"))
+        self.complex_x = is_complex(x)
+        self.complex_r = False
+        if names is not None and len(names) != x.shape[0]:
+            raise ValueError(f"`names` must name {x.shape[0]} parameters, got {len(names)}.")
+        if self.complex_x:
+            if np.isfinite(_validate.host_bounds(bounds, x.shape[0])).any():
+                raise ValueError(
+                    f"`bounds` must be infinite where `x0` is complex, got {bounds!r}."
+                )
+            fixed = None if fixed is None else np.tile(_validate.fixed_mask(fixed, x.shape[0]), 2)
+            x = _complex.split(x)
+        self.x0 = x
+        self.box: _bounds.Box | None = None
+        n = x.shape[0]
+        if bounds is UNBOUNDED and fixed is None:
+            self.lb, self.ub = np.full(n, -np.inf), np.full(n, np.inf)
+        elif self.complex_x:
+            self.box, self.lb, self.ub = _validate.box(UNBOUNDED, fixed, x)
+        else:
+            self.box, self.lb, self.ub = _validate.box(bounds, fixed, x, names)
+        self.problem, self.r0 = self._problem(args, kwargs)
+        self.pool: Any = None
+
+    # -- the problem ---------------------------------------------------------------------------
+
+    def _problem(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The problem and its residuals at x0."""
+        o = self.options
+        if hasattr(self.fun, "linearize"):
+            return self.fun, None
+        if not callable(self.fun):
+            raise TypeError(f"`fun` must be callable, got {type(self.fun).__name__}.")
+        if not isinstance(args, tuple):
+            args = tuple(args) if isinstance(args, list) else (args,)
+        if kwargs is not None and not isinstance(kwargs, dict):
+            raise TypeError(f"`kwargs` must be a dict, got {type(kwargs).__name__}.")
+        loss = _validate.loss_function(o.loss, o.f_scale)
+        _validate.one_of(o.tr_solver, "tr_solver", _validate.TR_SOLVERS)
+        if not callable(o.jac) and o.jac is not True:
+            if isinstance(o.jac, bool) or not isinstance(o.jac, str):
+                raise ValueError(
+                    f"`jac` must be '2-point', '3-point', 'cs', True or a callable, got {o.jac!r}."
+                )
+            _validate.one_of(o.jac, "jac", _validate.DIFFERENCES)
+        fun = UserFunction(self.fun, args, kwargs or {}, "fun")
+        first: Any = None
+        if o.jac is True:
+            both = ResidualAndJacobian(fun)
+            r0 = both(self.x0)
+            return self._array_problem(both, both.jac, r0, loss)
+        argument = _complex.join(self.x0) if self.complex_x else self.x0
+        first = fun.function(
+            argument.copy() if type(argument) is np.ndarray else argument, *args, **fun.kwargs
+        )
+        jac: Callable[[Array], Any] | None = None
+        if callable(o.jac):
+            jac = partial(_call, o.jac, args, fun.kwargs)
+        if hasattr(first, "__next__"):
+            return self._streamed(fun, jac, loss), None
+        r0 = fun.residuals(first, self.x0)
+        if self.complex_x or is_complex(r0):
+            self.complex_r = True
+            if o.jac == "cs":
+                raise ValueError(
+                    "`jac` must not be 'cs' where the residuals or `x0` are complex, got 'cs'."
+                )
+            real = _complex.RealFunction(fun, self.complex_x)
+            r0 = _complex.split(r0 + 0j)
+            jac = None if jac is None else _complex.real_jacobian(jac, self.complex_x)
+            return self._array_problem(real, jac, r0, loss)
+        return self._array_problem(fun, jac, r0, loss)
+
+    def _streamed(self, fun: UserFunction, jac: Any, loss: Any) -> StreamedProblem:
+        if jac is None:
+            raise ValueError(
+                "`jac` must be a callable that iterates over (residuals, rows) blocks where `fun` "
+                f"iterates over blocks of residuals, got {self.options.jac!r}."
+            )
+        blocks = partial(_call, fun.function, fun.args, fun.kwargs)
+        return StreamedProblem(self.xp, blocks, jac, loss)
+
+    def _array_problem(self, fun: Any, jac: Any, r0: Array, loss: Any) -> tuple[Problem, Array]:
+        """Problem of arrays; its residuals are checked and brought to the dtype of x0."""
+        o, x = self.options, self.x0
+        if r0.shape[0] == 0:
+            raise ValueError("`fun` must return at least one residual, got none.")
+        precision = max(eps(self.xp, x.dtype), eps(self.xp, r0.dtype))
+        _validate.finite_residuals(r0, *self.words)
+        if r0.dtype != x.dtype:
+            r0 = self.xp.astype(r0, x.dtype)
+            if not is_numpy(self.xp):
+                fun = _cast(fun, x.dtype, self.xp)
+        if is_numpy(self.xp) and isinstance(fun, UserFunction | ResidualAndJacobian):
+            fun.expect(r0.shape, x.dtype)
+        if loss is not None:
+            _validate.loss_values(loss, r0)
+        differences = self._differences(jac, precision) if jac is None else None
+        sparsity = self._sparsity(r0.shape[0]) if jac is None else None
+        if jac is not None and o.tr_options:
+            _validate.iterative_options(o.tr_solver, o.tr_options)
+        problem = Problem(
+            self.xp,
+            fun,
+            jac,
+            differences=differences,
+            loss=loss,
+            sparsity=sparsity,
+            linear_solver=self._linear_solver(),
+            precision=precision,
+            dense=o.dense,
+            m=r0.shape[0],
+            nfev=1,
+            _first=r0,
+        )
+        return problem, copied(r0)
+
+    def _linear_solver(self) -> Any:
+        o = self.options
+        if o.tr_options is None and o.tr_solver is None:
+            return None
+        options = _validate.iterative_options(o.tr_solver, o.tr_options)
+        options.pop("regularize", None)
+        return (o.tr_solver, options)
+
+    def _differences(self, jac: Any, precision: float) -> Differences:
+        o = self.options
+        host = to_numpy(self.x0).astype(float)
+        typical = np.where(host != 0, np.abs(host), 1.0)
+        step = _validate.difference_step(o.diff_step, host.shape[0])
+        bounded = self.box is not None
+        held = (self.lb == self.ub) if bounded else None
+        return Differences(
+            o.jac,
+            typical,
+            precision,
+            lb=self.lb if bounded else None,
+            ub=self.ub if bounded else None,
+            held=held if held is not None and held.any() else None,
+            rel_step=step,
+        )
+
+    def _sparsity(self, m: int) -> Any:
+        structure = self.options.jac_sparsity
+        if structure is None:
+            return None
+        if self.options.tr_solver == "exact":
+            raise ValueError("`tr_solver` must not be 'exact' where `jac_sparsity` is given.")
+        found = _numdiff.sparsity(structure)
+        expected = (m, self.x0.shape[0])
+        if found.shape != expected:
+            raise ValueError(
+                f"`jac_sparsity` must have shape (m, n) = {expected}, got {found.shape}."
+            )
+        return found
+
+    # -- the run -------------------------------------------------------------------------------
+
+    def run(
+        self,
+        tolerances: tuple[Any, Any, Any],
+        x_scale: Any,
+        max_nfev: Any,
+        polish: bool,
+        verbose: int,
+        callback: Any,
+        resume: LMState | None,
+    ) -> LeastSquaresResult:
+        """Loop over the step-wise solver."""
+        problem, x = self.problem, self.x0
+        precision = getattr(problem, "precision", eps(self.xp, x.dtype))
+        f, s, g = _validate.tolerances(*tolerances, precision)
+        solver = LevenbergMarquardt(
+            ftol=f,
+            xtol=s,
+            gtol=g,
+            max_nfev=_validate.evaluations(max_nfev, x.shape[0]),
+            x_scale=_validate.scales(x_scale, x),
+            bounds=self.box,
+            polish=polish,
+        )
+        if isinstance(problem, Problem):
+            problem.norms_needed = isinstance(x_scale, str)
+        notify = _hooks.notifier(callback)
+        history: list[_history.Iteration] = []
+        with _hooks.Workers(self.options.workers, problem):
+            if resume is None:
+                state = solver.init(problem, x, self.r0)
+            elif isinstance(resume, LMState):
+                state = solver.resume(problem, resume.moved(x))
+            else:
+                raise TypeError(f"`resume` must be an LMState, got {type(resume).__name__}.")
+            if verbose == 2:
+                print(_history.HEADER)
+            first_cost = state.cost
+            if resume is None and notify is None and verbose < 2 and self._is_tiny(solver):
+                record = _history.recorder(history)
+                state = Descent(solver, problem, state, record).run()
+            while state.status is None:
+                before = state
+                state = solver.step(problem, state)
+                if state.nfev > before.nfev:  # the last step may end the run without a trial
+                    history.append(_history.iteration(state, _history.is_polish(before, state)))
+                    if verbose == 2:
+                        print(_history.line(history[-1]))
+                if (
+                    state.nit > before.nit
+                    and notify is not None
+                    and notify(self._intermediate(state))
+                ):
+                    state = state._replace(status=CALLBACK)
+            if state.point.subproblem is None:
+                state = solver.linearize(problem, state)
+            result = self._result(problem, state, history, solver)
+        if verbose:
+            print(result.message)
+            print(
+                f"Function evaluations {result.nfev}, initial cost {first_cost:.4e}, final cost "
+                f"{result.cost:.4e}, first-order optimality {result.optimality:.2e}."
+            )
+        return result
+
+    def _is_tiny(self, solver: LevenbergMarquardt) -> bool:
+        """Whether the n-sized work is cheaper in Python floats."""
+        p = self.problem
+        return (
+            self.x0.shape[0] <= TINY
+            and solver.x_scale is None
+            and type(p) is Problem
+            and self.box is None
+            and p.loss is None
+            and p.sparsity is None
+            and p.linear_solver is None
+            and is_numpy(self.xp)
+            and self.x0.dtype == np.float64
+            and self.options.workers is None
+        )
+
+    def _intermediate(self, state: LMState) -> OptimizeResult:
+        x, r = state.x, state.point.residual
+        if self.complex_x:
+            x = _complex.join(x)
+        if type(x) is np.ndarray:
+            x = x.copy()
+        return OptimizeResult(
+            x=x,
+            fun=r,
+            cost=state.cost,
+            nit=state.nit,
+            nfev=state.nfev,
+            njev=state.njev,
+            state=state,
+        )
+
+    def _result(
+        self,
+        problem: Any,
+        state: LMState,
+        history: list[_history.Iteration],
+        solver: LevenbergMarquardt,
+    ) -> LeastSquaresResult:
+        """The result of a finished state."""
+        sub, x = state.point.subproblem, state.x
+        g = sub.grad
+        r, J = state.point.residual, getattr(problem, "J", None)
+        host_g = to_numpy(g)
+        if self.box is None:
+            active = np.zeros(x.shape[0], dtype=int)
+            optimality = float(np.abs(host_g).max())
+            held = np.zeros(x.shape[0], dtype=bool)
+        else:
+            host_x, host_g = to_numpy(x).astype(float), host_g.astype(float)
+            active = _bounds.active_mask(host_x, self.lb, self.ub)
+            optimality = _bounds.optimality(host_x, host_g, self.lb, self.ub)
+            held = np.asarray(to_numpy(state.point.d) == 0)
+        is_array_r = hasattr(r, "shape")
+        fun = r if is_array_r else None
+        status = state.status if state.status is not None else 0
+        result = LeastSquaresResult(
+            x=x,
+            cost=state.cost,
+            fun=fun,
+            jac=J,
+            grad=g,
+            optimality=optimality,
+            active_mask=active,
+            nfev=state.nfev,
+            njev=state.njev,
+            nit=state.nit,
+            status=status,
+            message=message(state),
+            success=status > 0,
+            history=history,
+            state=state,
+        )
+        context = Context(
+            m=getattr(problem, "m", None) or (r.shape[0] if is_array_r else 0),
+            loss=getattr(problem, "loss", None),
+            xp=self.xp,
+            held=held,
+            lb=self.lb,
+            ub=self.ub,
+            gram=getattr(sub, "gram", None) if J is None else None,
+            refit=partial(_refit, problem, self.xp, x, self.lb, self.ub, solver),
+            names=self.names,
+            rank=sub.rank() if hasattr(sub, "rank") else None,
+        )
+        object.__setattr__(result, "_context", context)
+        if self.complex_x or self.complex_r:
+            self._to_complex(result)
+        return result
+
+    def _to_complex(self, result: LeastSquaresResult) -> None:
+        """x, fun, jac and grad of a result put back into complex form."""
+        result.fun = _complex.join(result.fun)
+        if result.jac is not None:
+            result.jac = _complex.complex_jacobian(result.jac, self.complex_x)
+        if self.complex_x:
+            result.x, result.grad = _complex.join(result.x), _complex.join(result.grad)
+            n = result.x.shape[0]
+            result.active_mask = result.active_mask[:n]
+
+
+def _refit(
+    problem: Any,
+    xp: Namespace,
+    like: Array,
+    lb: np.ndarray,
+    ub: np.ndarray,
+    solver: LevenbergMarquardt,
+    start: np.ndarray,
+    fixed: np.ndarray,
+) -> tuple[float, np.ndarray]:
+    """Cost and parameters of the same problem with some parameters held at their start."""
+    box, _, _ = _validate.box((lb, ub), fixed, convert(start, like))
+    if isinstance(problem, Problem) and problem.differences is not None:
+        problem = replace(
+            problem, differences=replace(problem.differences, held=fixed), _buffer=None
+        )
+    run = solver.copy(bounds=box)
+    x = convert(start, like)
+    try:
+        state = run.init(problem, x)
+    except ValueError:
+        return math.inf, start
+    while state.status is None:
+        state = run.step(problem, state)
+    return state.cost, to_numpy(state.x).astype(float)
+
+
+def _call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Any, x: Array) -> Any:
+    """A user's function with its extra arguments; it may write into its x."""
+    return function(x.copy() if type(x) is np.ndarray else x, *args, **kwargs)
+
+
+def _cast(fun: Callable[[Array], Array], dtype: Any, xp: Namespace) -> Callable[[Array], Array]:
+    """``fun`` with its residuals brought to the dtype of x0."""
+    return lambda x: xp.astype(fun(x), dtype)
