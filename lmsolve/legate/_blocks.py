@@ -142,12 +142,13 @@ def _device(stream: int | None) -> str:
 
 
 class HostSums:
-    """J'J and J'r of a shard in host memory, added up in an array (n^2 + n,) of zeros."""
+    """J'J and J'r of a shard in host memory, added up in a row (1, n^2 + n) of a table."""
 
     def __init__(self, row: np.ndarray) -> None:
+        row[...] = 0.0
         n = (math.isqrt(4 * row.size + 1) - 1) // 2
-        self._gram = row[: n * n].reshape(n, n)
-        self._grad = row[n * n :]
+        self._gram = row[0, : n * n].reshape(n, n)
+        self._grad = row[0, n * n :]
         self._panel = min(n, PANEL)
         self._product = np.empty((n, self._panel))
 
@@ -176,12 +177,13 @@ class HostSums:
 
 
 class DeviceSums:
-    """J'J and J'r of a shard in a GPU's memory, added up in an array (n^2 + n,) of zeros."""
+    """J'J and J'r of a shard in a GPU's memory, added up in a row (1, n^2 + n) of a table."""
 
     def __init__(self, row: Any) -> None:
+        row.zero_()
         n = (math.isqrt(4 * row.numel() + 1) - 1) // 2
-        self._gram = row[: n * n].reshape(n, n)
-        self._grad = row[n * n :]
+        self._gram = row[0, : n * n].reshape(n, n)
+        self._grad = row[0, n * n :]
 
     def add(self, J: Array, r: Array) -> None:
         """Add a block: J (b, n), r (b,) on the device."""

@@ -144,7 +144,7 @@ class RowProblem:
         self.nfev = self.njev = 0
         self._functions = functions
         self._tasks = _tasks
-        self._sums: Any = None
+        self._sums: _tasks.Table | None = None
         self.place(m, data)
 
     def place(self, m: int, data: tuple[Array, ...]) -> None:
@@ -166,36 +166,27 @@ class RowProblem:
         """The sums of J at x (n,): one launch, one read of n^2 + n numbers."""
         self.njev += 1
         n, layout = self.n, self._layout
-        store = self._sum_store()
-        self._launch(_SumsJob(self._functions, layout, x), x, sums=(store,))
-        sums = self._tasks.read(store).astype(x.dtype, copy=False)
+        table = self._table(layout)
+        self._launch(_SumsJob(self._functions, layout, x), x, (table.rows,))
+        sums = table.total().astype(x.dtype, copy=False)
         gram, grad = sums[: n * n].reshape(n, n), sums[n * n :]
         rows = ReducedRows(self, layout, np.array(x))
         return NormalEquations(np, gram, grad, cast(Rows, rows))
 
     def triangle(self, layout: Layout, x: np.ndarray) -> np.ndarray:
         """Triangular factor (n + 1, n + 1) of ``[J, r]`` at x (n,): one launch, one read."""
-        from legate.core import get_legate_runtime, types
-
-        shards, size = layout.shards, (self.n + 1) ** 2
-        need = 8 * size * shards + layout.resident
+        size = (self.n + 1) ** 2
+        need = 8 * size * layout.shards + layout.resident
         _memory.require(need, layout.option, "The triangular factors of the shards and the data")
-        table = get_legate_runtime().create_store(types.float64, (shards, size))
-        parts = table.partition_by_tiling((1, size))
-        self._launch(_TriangleJob(self._functions, layout, x), x, outputs=(parts,))
-        stacked = self._tasks.read(table).reshape(shards * (self.n + 1), self.n + 1)
+        table = self._tasks.Table(layout.shards, size, layout.target)
+        self._launch(_TriangleJob(self._functions, layout, x), x, (table.rows,))
+        stacked = table.read().reshape(layout.shards * (self.n + 1), self.n + 1)
         factor: np.ndarray = np.linalg.qr(stacked, mode="r")  # type: ignore[assignment]
         return factor.astype(x.dtype, copy=False)
 
-    def _launch(
-        self,
-        job: _RowJob,
-        x: np.ndarray,
-        outputs: tuple[Any, ...] = (),
-        sums: tuple[Any, ...] = (),
-    ) -> np.ndarray:
+    def _launch(self, job: _RowJob, x: np.ndarray, outputs: tuple[Any, ...] = ()) -> np.ndarray:
         layout = job.layout
-        status = self._tasks.launch(job, layout.shards, layout.target, layout.parts, outputs, sums)
+        status = self._tasks.launch(job, layout.shards, layout.target, layout.parts, outputs)
         if not (status[:, 1] == _checksum(x)).all():
             raise RuntimeError(
                 "The ranks of this run hold different parameters: give every rank the same `x0` "
@@ -203,17 +194,16 @@ class RowProblem:
             )
         return status
 
-    def _sum_store(self) -> Any:
-        """The store of J'J and J'r; made once."""
-        if self._sums is None:
-            from legate.core import get_legate_runtime, types
-
-            size, layout = self.n * (self.n + 1), self._layout
-            # The sum, what each shard of this process adds up, and the columns it gathers.
-            copies = 1 if layout.shards == 1 else layout.local + 2
+    def _table(self, layout: Layout) -> _tasks.Table:
+        """The table of J'J and J'r, a row per shard; kept while the shards are as many."""
+        table = self._sums
+        if table is None or table.shards != layout.shards:
+            size = self.n * (self.n + 1)
+            # The rows of this process, and the columns that it adds up.
+            copies = 1 if layout.shards == 1 else layout.local + 3
             _memory.require(8 * size * copies + layout.resident, layout.option, "J'J and the data")
-            self._sums = get_legate_runtime().create_store(types.float64, (size,))
-        return self._sums
+            self._sums = table = self._tasks.Table(layout.shards, size, layout.target)
+        return table
 
 
 class ReducedRows:
@@ -275,7 +265,7 @@ class Layout:
         self.option = "fbmem" if self.target == TaskTarget.GPU else "sysmem"
         if ranks == 1:
             # Fewer shards where the sums (bytes of one) of all would not fit the pool.
-            count = max(1, min(count, _memory.fitting(sums, self.option) - 2))
+            count = max(1, min(count, _memory.fitting(sums, self.option) - 3))
         self.tile = -(-m // count)
         self.shards = -(-m // self.tile)
         self.local = -(-self.shards // ranks)
@@ -399,7 +389,7 @@ class _SumsJob(_RowJob):
     """J'J and J'r of a shard."""
 
     def _evaluate(self, x: Array, shard: _tasks.Shard) -> float:
-        sums = self._functions.blocks.sums(shard.sums[0])
+        sums = self._functions.blocks.sums(shard.outputs[0])
         for block, b in self._blocks(shard):
             r, J = self._functions.linear(x, block, b)
             sums.add(J, r)

@@ -7,7 +7,7 @@ parameters, host arrays) reaches its own tasks through the job itself, at no cos
 
 An exception that leaves a task aborts the process. So a job's exception is caught, counted in
 the status of its shard, and raised from ``launch``, on every rank. Each shard has its own row of
-the status array, and of a table of sums, instead of one Legate reduction for all. Reductions of
+the status array, and of a `Table` of sums, instead of one Legate reduction for all. Reductions of
 one element may differ between ranks in the last bit, and ranks that then branch differently wait
 for each other for ever; and two tasks that reduce into one store leave their instances in the
 pool until it is full, where Legate 26.6.1 has stopped for good in 2 of 3 runs (n = 1000, 2 CPUs).
@@ -21,7 +21,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeAlias
@@ -43,6 +43,8 @@ from legate.core import (
 
 #: Width of a shard's status: whether it failed, and what the job returned.
 STATUS = 4
+#: A table of at most so many bytes is read whole and added up on the host.
+SMALL_TABLE = 2**24
 #: Bytes of an exception's text that travel between ranks.
 TEXT = 8192
 
@@ -54,7 +56,6 @@ class Shard:
     index: int
     inputs: tuple[PhysicalStore, ...]
     outputs: tuple[PhysicalStore, ...]
-    sums: tuple[Any, ...]  # arrays (size,) in the memory of the task: add to these
     stream: int | None  # the CUDA stream of a GPU task
 
 
@@ -72,22 +73,18 @@ def launch(
     target: TaskTarget,
     inputs: Sequence[Part] = (),
     outputs: Sequence[LogicalStorePartition] = (),
-    sums: Sequence[LogicalStore] = (),
 ) -> np.ndarray:
     """Run a job on every shard and wait; what it returned, array (shards, STATUS - 1).
 
-    ``sums``, stores (size,), start at zero and are added up over the shards. An exception of the
-    job is raised here on every rank: the first failed shard's.
+    An exception of the job is raised here on every rank: the first failed shard's.
     """
     number = next(_numbers)
     _jobs[number] = job
     try:
-        status = _submit(_RUN, number, shards, target, STATUS, inputs, outputs, sums)
+        status = _submit(_RUN, number, shards, target, STATUS, inputs, outputs)
         if status[:, 0].any():
             texts = _submit(_TELL, number, shards, target, TEXT)
             _raise_first(number, texts)
-        if shards > 1:
-            _add_up(shards, target, sums)
     finally:
         del _jobs[number]
         for key in [key for key in _failures if key[0] == number]:
@@ -115,24 +112,37 @@ def store_of(array: Any) -> LogicalStore:
     return next(iter(array.__legate_data_interface__["data"].values())).data
 
 
-@cache
-def _table(shards: int, size: int, dtype: Any) -> LogicalStore:
-    """A store of one row (size,) for each shard, kept."""
-    return get_legate_runtime().create_store(dtype, (shards, size))
+class Table:
+    """One row of numbers for each shard, in a store that is kept, and their sum."""
 
+    def __init__(self, shards: int, size: int, target: TaskTarget) -> None:
+        runtime = get_legate_runtime()
+        self.shards, self.size, self.target = shards, size, target
+        self._store = runtime.create_store(types.float64, (shards, size))
+        self._total = runtime.create_store(types.float64, (size,))
 
-def _add_up(shards: int, target: TaskTarget, sums: Sequence[LogicalStore]) -> None:
-    """Fill the sums from their tables: each task adds up some columns, always in one order."""
-    for store in sums:
-        (size,) = store.extents
-        tile = -(-size // shards)
+    @property
+    def rows(self) -> LogicalStorePartition:
+        """The rows, as an output of `launch`."""
+        return self._store.partition_by_tiling((1, self.size))
+
+    def read(self) -> np.ndarray:
+        """A host copy (shards, size), equal on every rank."""
+        return read(self._store)
+
+    def total(self) -> np.ndarray:
+        """The sum over the shards (size,), always in the same order; equal on every rank."""
+        if self.shards == 1 or 8 * self.shards * self.size <= SMALL_TABLE:
+            return np.sum(self.read(), axis=0)
+        tile = -(-self.size // self.shards)
         launch(
             _sum_columns,
-            -(-size // tile),
-            target,
-            (_table(shards, size, store.type).partition_by_tiling((shards, tile)),),
-            (store.partition_by_tiling((tile,)),),
+            -(-self.size // tile),
+            self.target,
+            (self._store.partition_by_tiling((self.shards, tile)),),
+            (self._total.partition_by_tiling((tile,)),),
         )
+        return read(self._total)
 
 
 def _sum_columns(shard: Shard) -> Sequence[float]:
@@ -141,36 +151,13 @@ def _sum_columns(shard: Shard) -> Sequence[float]:
     if shard.stream is None:
         np.sum(host_view(columns), axis=0, out=host_view(out))
     else:
-        with _on(shard.stream):
-            _device_view(out).copy_(_device_view(columns).sum(dim=0))
+        import torch
+
+        own = torch.cuda.ExternalStream(shard.stream)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(own):
+            source = torch.utils.dlpack.from_dlpack(columns)
+            torch.utils.dlpack.from_dlpack(out).copy_(source.sum(dim=0))
     return (0.0,) * (STATUS - 1)
-
-
-def _zeroed(store: PhysicalStore, stream: int | None) -> Any:
-    """A shard's own sum (size,), zero: a view of host memory, or a tensor on the GPU."""
-    if stream is None:
-        row = host_view(store)
-        row[...] = 0
-    else:
-        with _on(stream):
-            row = _device_view(store).zero_()
-    return row[0] if row.ndim == 2 else row
-
-
-def _device_view(store: PhysicalStore) -> Any:
-    """The memory of a store of a GPU task as a tensor."""
-    import torch
-
-    return torch.utils.dlpack.from_dlpack(store)
-
-
-def _on(stream: int) -> AbstractContextManager[Any]:
-    """torch computes on the stream of a task."""
-    import torch
-
-    own = torch.cuda.ExternalStream(stream)  # type: ignore[no-untyped-call]
-    context: AbstractContextManager[Any] = torch.cuda.stream(own)
-    return context
 
 
 def _submit(
@@ -181,7 +168,6 @@ def _submit(
     width: int,
     inputs: Sequence[Part] = (),
     outputs: Sequence[LogicalStorePartition] = (),
-    sums: Sequence[LogicalStore] = (),
 ) -> np.ndarray:
     """Launch one of the two tasks; its first output, one row (width,) per shard."""
     runtime = get_legate_runtime()
@@ -189,40 +175,28 @@ def _submit(
     with runtime.get_machine().only(target):
         task = runtime.create_manual_task(_library(), local_id, (shards,))
         task.add_output(rows.partition_by_tiling((1, width)))
-        for store in sums:
-            task.add_output(_parts(store, shards))
         for part in outputs:
             task.add_output(part)
         for part in inputs:
             task.add_input(part)
         task.add_scalar_arg(number, types.int64)
-        task.add_scalar_arg(len(sums), types.int64)
         task.execute()
     return read(rows)
-
-
-def _parts(store: LogicalStore, shards: int) -> LogicalStorePartition:
-    """Where each shard makes its own sum: rows of a table, or the store itself for one shard."""
-    (size,) = store.extents
-    if shards == 1:
-        return store.partition_by_tiling((size,))
-    return _table(shards, size, store.type).partition_by_tiling((1, size))
 
 
 def _run(context: TaskContext) -> None:
     """Body of the task that runs a job."""
     stores = [array.data() for array in context.outputs]
     (index,) = context.task_index
-    number, count = (scalar.value() for scalar in context.scalars)
+    shard = Shard(
+        index=index,
+        inputs=tuple(array.data() for array in context.inputs),
+        outputs=tuple(stores[1:]),
+        stream=context.task_stream,
+    )
+    number = context.scalars[0].value()
     status = np.zeros((1, STATUS))
     try:
-        shard = Shard(
-            index=index,
-            inputs=tuple(array.data() for array in context.inputs),
-            outputs=tuple(stores[1 + count :]),
-            sums=tuple(_zeroed(store, context.task_stream) for store in stores[1 : 1 + count]),
-            stream=context.task_stream,
-        )
         status[0, 1:] = _jobs[number](shard)
     except Exception as failure:  # noqa: BLE001  one that leaves the task aborts the process
         _failures[number, index] = failure
@@ -247,8 +221,9 @@ def _write(store: PhysicalStore, values: np.ndarray, stream: int | None) -> None
         return
     import torch
 
-    with _on(stream):
-        _device_view(store).copy_(torch.from_numpy(values))
+    own = torch.cuda.ExternalStream(stream)  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(own):
+        torch.utils.dlpack.from_dlpack(store).copy_(torch.from_numpy(values))
 
 
 def _encode(failure: Exception) -> bytes:
