@@ -89,7 +89,7 @@ def curve_fit_many(
     max_nit : int, default 200
         Most trials for a fit.
     memory : int, optional
-        Bytes for the working set. By default one that stays in the processor's cache (6 MiB), or
+        Bytes for the working set. By default one that stays in the processor's cache (8 MiB), or
         1 GiB on accelerators.
     workers : int, default 1
         Threads, each with a working set of its own. NumPy only; `f` must be safe to call from

@@ -71,12 +71,17 @@ class Fits:
     y_size: Array
     status: Array
     nit: Array
-    nfev: Array
     njev: Array
+
+    def ended(self, nfev: Array) -> Ended:
+        """What is kept of them."""
+        return Ended(
+            self.x, self.cost, self.gram, self.grad, self.status, self.nit, self.njev, nfev
+        )
 
 
 class Ended(NamedTuple):
-    """What is kept of fits that have ended, as in `Fits`."""
+    """What is kept of fits that have ended, as in `Fits`, and the evaluations of the model."""
 
     x: Array
     cost: Array
@@ -84,8 +89,8 @@ class Ended(NamedTuple):
     grad: Array
     status: Array
     nit: Array
-    nfev: Array
     njev: Array
+    nfev: Array
 
 
 NAMES = tuple(k.name for k in fields(Fits))
@@ -125,7 +130,6 @@ def fresh(xp: Namespace, x: Array, index: Array) -> Fits:
         y_size=zero,
         status=none + RUNNING,
         nit=none,
-        nfev=none,
         njev=none,
     )
 
@@ -202,8 +206,8 @@ class Loop:
         while True:
             fits, f_new, accepted = self._turn(fits, f, model)
             running = fits.status == RUNNING
-            b, kind = running.shape[0], fits.cost.dtype
-            k, moved = to_floats(*[xp.sum(xp.astype(a, kind)) for a in (running, accepted)])
+            b = running.shape[0]
+            k, moved = to_floats(xp.count_nonzero(running), xp.count_nonzero(accepted))
             f = f_new if moved == b else xp.where(accepted[:, None], f_new, f)
             left = int(k)
             if left > REFILL_BELOW * b:
@@ -235,7 +239,7 @@ class Loop:
         bare = (fits.x == 0) & (fits.scale == 0) & (norm_r > 0)
         d = xp.where(bare, 1 / norm_r, fits.d)
         y_size = model.y_size(xp, f)
-        fits = replace(fits, cost=cost, status=status, d=d, y_size=y_size, nfev=fits.nfev + 1)
+        fits = replace(fits, cost=cost, status=status, d=d, y_size=y_size)
         return fits, f, model
 
     def _turn(self, fits: Fits, f: Array, model: Model) -> tuple[Fits, Array, Array]:
@@ -336,7 +340,6 @@ class Loop:
             rate=xp.where(going, xp.where(good, rate, 1.0), fits.rate),
             status=status,
             nit=nit,
-            nfev=fits.nfev + xp.astype(going, fits.nfev.dtype),
         )
         return fits, accepted
 
