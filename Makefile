@@ -46,6 +46,7 @@ $(VENV)/.demo: $(VENV)/.made pyproject.toml
 $(VENV)/.test: $(VENV)/.made pyproject.toml
 	@echo "Installing PyTorch and the test tools, once: this takes a minute or more."
 	$(BIN)/python -m pip install $(PIP_FLAGS) --editable ".[test]"
+	-$(BIN)/python -m pip download $(PIP_FLAGS) --no-deps --no-binary lmfit lmfit==1.3.4 -d $(VENV)/share
 	@touch $@ $(VENV)/.demo
 
 $(BENCH_VENV)/.ready: $(BENCH_VENV)/.made pyproject.toml benchmarks/requirements.txt

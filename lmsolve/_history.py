@@ -74,7 +74,7 @@ def recorder(history: list[Iteration]) -> Callable[..., None]:
 
 
 HEADER = (
-    f"{'evaluation':>10} {'steps':>6} {'cost':>15} {'gain ratio':>11} {'radius':>10} "
+    f"{'Evaluation':>10} {'Iteration':>9} {'cost':>15} {'gain ratio':>11} {'radius':>10} "
     f"{'damping':>10}"
 )
 
@@ -83,6 +83,6 @@ def line(i: Iteration) -> str:
     mark = "" if i.accepted else "  rejected"
     mark += "  polish" if i.polishing else ""
     return (
-        f"{i.nfev:>10} {i.nit:>6} {i.cost:>15.8e} {i.ratio:>11.3g} {i.radius:>10.2e} "
+        f"{i.nfev:>10} {i.nit:>9} {i.cost:>15.8e} {i.ratio:>11.3g} {i.radius:>10.2e} "
         f"{i.damping:>10.2e}{mark}"
     )
