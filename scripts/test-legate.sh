@@ -29,14 +29,15 @@ if ran == 0 or skipped:
 PY
 }
 
-# Only files that mention the marker are collected: the others need packages that are not here.
-marked() { grep -lE "mark\.$1\b" tests/test_*.py; }
+# Only files that mention the marker, or run over every array library, are collected: the others
+# need packages that are not here.
+collected() { grep -lE "$1" tests/test_*.py; }
 
-if run_part single -m "legate and not gpu" $(marked legate); then
+if run_part single -m "legate and not gpu" $(collected 'mark\.legate\b|def test_\w+\(xp\b'); then
   scripts/with-legate.sh single legate --cpus 2 --gpus 0 --sysmem 1000 examples/legate_fit.py 1e6
   scripts/with-legate.sh single python benchmarks/legate_scaling.py --smoke --repeats 2
 fi
-if run_part ranks -m ranks $(marked ranks); then
+if run_part ranks -m ranks $(collected 'mark\.ranks\b'); then
   scripts/with-legate.sh ranks legate --launcher mpirun --ranks-per-node 2 --cpus 1 --gpus 0 \
     --sysmem 1000 --launcher-extra=--oversubscribe examples/legate_fit.py 1e5
 fi
