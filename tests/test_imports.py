@@ -62,7 +62,9 @@ MAY_IMPORT |= {
 # Optional parts, each a folder: its files import one another (without cycles, as everywhere) and
 # these. Nothing above imports one of them at the top of a file.
 FOLDERS: dict[str, set[str]] = {
-    "torch": {"torch", "tqdm", "array_api_compat", "__init__"} | CORE,
+    "torch": {"torch", "tqdm", "array_api_compat", "__init__", "legate"}
+    | {"legate/_start", "legate/_tasks", "legate/_memory"}
+    | CORE,
     "legate": {"legate", "cupynumeric", "torch", "__init__"} | CORE,
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))

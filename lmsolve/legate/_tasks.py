@@ -16,12 +16,13 @@ pool until it is full, where Legate 26.6.1 has stopped for good in 2 of 3 runs (
 from __future__ import annotations
 
 import builtins
+import gc
 import itertools
 import json
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeAlias
@@ -81,7 +82,8 @@ def launch(
     number = next(_numbers)
     _jobs[number] = job
     try:
-        status = _submit(_RUN, number, shards, target, STATUS, inputs, outputs)
+        with _no_collection():
+            status = _submit(_RUN, number, shards, target, STATUS, inputs, outputs)
         if status[:, 0].any():
             texts = _submit(_TELL, number, shards, target, TEXT)
             _raise_first(number, texts)
@@ -158,6 +160,21 @@ def _sum_columns(shard: Shard) -> Sequence[float]:
             source = torch.utils.dlpack.from_dlpack(columns)
             torch.utils.dlpack.from_dlpack(out).copy_(source.sum(dim=0))
     return (0.0,) * (STATUS - 1)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection: in a task's thread it may free a store, which aborts the process.
+
+    Stores get into cycles with the traceback of any exception that passed by them.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _submit(

@@ -119,8 +119,10 @@ def fit(
         default.
     dtype : torch.dtype, optional
         Compute the model in this dtype instead of its own; torch.float64 for the last digits.
-    linalg : {'torch'}, default 'torch'
-        Where the linear algebra runs.
+    linalg : {'torch', 'legate'}, default 'torch'
+        Where rows of the Jacobian are computed and added up: in this process, or in Legate's
+        tasks, each on the processor (or GPU) of its shard of the samples, on every rank. Every
+        rank calls this with the same model and data.
     seed : int, default 0
         Of the order of samples and of dropout masks.
     progress : bool, optional
@@ -253,7 +255,9 @@ class _Run:
         while True:
             assert session.state is not None and session.problem is not None
             self.elapsed = time.perf_counter() - start
-            if self.steps >= max_steps or (max_seconds is not None and self.elapsed >= max_seconds):
+            if self.steps >= max_steps:
+                return 0
+            if max_seconds is not None and session.agreed(self.elapsed) >= max_seconds:
                 return 0
             x_old, cost_old = session.x, session.state.cost
             trial = session.trial()

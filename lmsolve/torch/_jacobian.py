@@ -107,6 +107,14 @@ def stream(
             yield from _graph(network, block, point, columns, plan)
 
 
+def coupled_rows(
+    network: Network, batch: Batch, point: Point, plan: Plan, rows: range
+) -> Iterator[Block]:
+    """Blocks of some consecutive rows of a batch whose samples see each other."""
+    columns = range(len(network.parameters.names))
+    yield from _graph(network, batch, point, columns, plan, rows)
+
+
 def rows_of_pass(network: Network, found: _factors.Pass, dtype: torch.dtype) -> Iterator[Block]:
     """Rows of a pass in pieces of one reused buffer (valid until the next), in `dtype`."""
     offsets = network.parameters.offsets
@@ -170,17 +178,23 @@ def _forward(network: Network, block: Batch, point: Point, columns: range) -> Bl
 
 
 def _graph(
-    network: Network, block: Batch, point: Point, columns: range, plan: Plan
+    network: Network,
+    block: Batch,
+    point: Point,
+    columns: range,
+    plan: Plan,
+    wanted_rows: range | None = None,
 ) -> Iterator[Block]:
-    """Plain backward passes, one cotangent for each row of the block."""
+    """Plain backward passes, one cotangent for each row of the block, or for some of its rows."""
     names = [network.parameters.names[i] for i in columns]
     leaves = {k: t.detach().requires_grad_(k in names) for k, t in point.tensors.items()}
     r = network.judge(leaves, block, point.scale, point.seed).rows.reshape(-1)
     wanted = [leaves[name] for name in names]
     width = sum(t.numel() for t in wanted)
-    rows = min(r.shape[0], max(1, block_rows(width, r.dtype)))
-    for lo in range(0, r.shape[0], rows):
-        hi = min(lo + rows, r.shape[0])
+    some = range(r.shape[0]) if wanted_rows is None else wanted_rows
+    rows = min(len(some), max(1, block_rows(width, r.dtype)))
+    for lo in range(some.start, some.stop, rows):
+        hi = min(lo + rows, some.stop)
         if plan.batched:
             cotangents = torch.zeros((hi - lo, r.shape[0]), dtype=r.dtype, device=r.device)
             cotangents.diagonal(lo).fill_(1)
@@ -213,17 +227,20 @@ def _cuda(block: Batch) -> list[torch.device]:
     return [a.device for a in tensors[:1] if a.device.type == "cuda"]
 
 
-def choose(network: Network, batch: Batch, point: Point, memory: int) -> Plan:
-    """Fastest way that reproduces a plain backward pass on some of the batch's samples."""
+def choose(network: Network, batch: Batch, point: Point, memory: int, forward: bool = True) -> Plan:
+    """Fastest way that reproduces a plain backward pass on some of the batch's samples.
+
+    ``forward`` mode is the whole process's, and not for several threads.
+    """
     n, itemsize = network.parameters.n, network.parameters.dtype.itemsize
     if not _separate(network, batch, point):
-        return _choose_coupled(network, batch, point)
+        return _choose_coupled(network, batch, point, forward)
     k = network.judge(point.tensors, batch.block(0, 2), point.scale, point.seed).rows.shape[1]
     row_bytes = n * itemsize
     fit = max(1, memory // (4 * row_bytes * k))
     probe = batch.block(0, min(256, fit))
     timed: list[tuple[float, Plan]] = []
-    for plan in _candidates(k, n, _factors.supported(network)):
+    for plan in _candidates(k, n, _factors.supported(network), forward):
         block = probe.block(0, plan.samples)
         seconds = _verified_time(network, block, point, plan)
         if seconds is not None:
@@ -257,12 +274,12 @@ def _preferred(timed: list[tuple[float, Plan]]) -> Plan:
     return plan
 
 
-def _candidates(k: int, n: int, factors: bool) -> list[Plan]:
+def _candidates(k: int, n: int, factors: bool, forward: bool = True) -> list[Plan]:
     """Ways worth a try for separate samples of k rows each."""
     ways = [Plan("vmap", k, False, 256)]
     if factors:
         ways.insert(0, Plan("factors", k, False, 256))
-    if n <= 2 * k:
+    if forward and n <= 2 * k:
         ways.append(Plan("forward", k, False, 256))
     note = (
         "The Jacobian is made by plain backward passes, one for each row: the model has operations "
@@ -273,7 +290,7 @@ def _candidates(k: int, n: int, factors: bool) -> list[Plan]:
     return ways
 
 
-def _choose_coupled(network: Network, batch: Batch, point: Point) -> Plan:
+def _choose_coupled(network: Network, batch: Batch, point: Point, forward: bool = True) -> Plan:
     """A way for a model whose samples see each other, such as batch normalisation in training."""
     m = network.judge(point.tensors, batch, point.scale, point.seed).rows.numel()
     note = (
@@ -282,7 +299,8 @@ def _choose_coupled(network: Network, batch: Batch, point: Point) -> Plan:
     )
     few = Plan("forward", m, True, batch.size, note=note)
     plain = Plan("graph", m, True, batch.size, note=note)
-    if 2 * network.parameters.n <= m and _verified_time(network, batch, point, few) is not None:
+    narrow = forward and 2 * network.parameters.n <= m
+    if narrow and _verified_time(network, batch, point, few) is not None:
         return few
     if _takes_batched_cotangents(network, batch, point):
         return plain

@@ -50,8 +50,8 @@ class LM:
         Bytes that matrices and blocks of the Jacobian may take.
     dtype : torch.dtype, optional
         Compute the model in this dtype instead of its own.
-    linalg : {'torch'}, default 'torch'
-        Where the linear algebra runs.
+    linalg : {'torch', 'legate'}, default 'torch'
+        Where rows of the Jacobian are computed and added up; see `fit`.
     seed : int, default 0
         Of dropout masks.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 _REAL = (torch.float32, torch.float64)
+# torch's stream of random numbers on the CPU is one for all threads.
+_RANDOM = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ def fixed_random(seed: int | None, device: torch.device) -> Iterator[None]:
         yield
         return
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with _RANDOM, torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
 
@@ -159,6 +162,9 @@ def without_dropout(module: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def quiet_transforms() -> Iterator[None]:
     """Without torch's own warnings on the inside of its transforms, which no user can act on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # filters are the whole process's: whoever starts threads sets them
+        return
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated")
         warnings.filterwarnings("ignore", message="There is a performance drop because we have not")

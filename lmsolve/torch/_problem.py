@@ -35,12 +35,12 @@ T = TypeVar("T")
 _MATRICES = 3
 # Beyond this size a square matrix of a float32 model stays in float32. Measured: docs/torch.md.
 _WIDE_ACCUMULATOR = 16384
-# Share of a step at which its curvature is looked at.
-_AHEAD = 0.1
+# Share of a step at which its curvature is looked at, as in Transtrum and Sethna (2012).
+AHEAD = 0.1
 # Relative damping above which products of float32 rows may be made in float32.
-_COARSE = 1e-3
+COARSE = 1e-3
 # Bytes of J that are kept for two products a trial, which otherwise cost a pass each.
-_HELD = 64 << 20
+HELD = 64 << 20
 
 
 class Evaluation(NamedTuple):
@@ -90,6 +90,11 @@ def block_sums(
     for r, J in _jacobian.stream(network, block, point, plan):
         sums.add(r, J)
     return BlockSums(sums.gram, sums.grad, cost)
+
+
+def second_difference(r: Tensor, ahead: Tensor, Jp: Tensor) -> Tensor:
+    """r_pp from r(x + hp) = r + h Jp + h^2/2 r_pp, with h = AHEAD."""
+    return (2 / AHEAD) * ((ahead - r) / AHEAD - Jp)
 
 
 def add_pass(network: Network, pending: _factors.Pending, sums: NormalSums) -> None:
@@ -206,13 +211,13 @@ class NetworkProblem:
         self, x: Tensor, passes: list[_factors.Pending] | None, damping: float = 0.0
     ) -> TallSubproblem:
         network, n, decay = self.network, self.network.parameters.n, self.settings.decay
-        own = network.parameters.dtype if damping > _COARSE else None
+        own = network.parameters.dtype if damping > COARSE else None
         sums = NormalSums(n, accumulator(network, n), x.device, own)
         point, r = self._point(x), []
         products: Products
         if passes is None:
             held: list[Tensor] | None = []
-            if self.m * n * network.parameters.dtype.itemsize > min(_HELD, self._block_memory()):
+            if self.m * n * network.parameters.dtype.itemsize > min(HELD, self._block_memory()):
                 held = None
             for rows, J in _jacobian.stream(network, self.batch, point, self.plan):
                 sums.add(rows, J)
@@ -259,14 +264,17 @@ class NetworkProblem:
         return WideSubproblem(kernel, x, r, products, decay, self._bend(x, r))
 
     def _matrix_free(self, x: Tensor) -> MatrixFreeSubproblem:
-        point = self._point(x)
-        products = GraphProducts(self.network, self.batch, point, self._evaluation_samples())
-        r = self._rows(point).to(x.dtype)
+        products = self._products(x)
+        r = self._rows(self._point(x)).to(x.dtype)
         # E |J'z|^2 = |J|^2 (Frobenius) for random signs z. One fixed draw: it scales the damping.
         generator = torch.Generator().manual_seed(0)
         z = torch.randint(0, 2, r.shape, generator=generator).to(r) * 2 - 1
         size = float(products.transposed(z).square().mean())
         return MatrixFreeSubproblem(size, x, r, products, self.settings.decay)
+
+    def _products(self, x: Tensor) -> Products:
+        """J at x as an operator that holds nothing."""
+        return GraphProducts(self.network, self.batch, self._point(x), self._evaluation_samples())
 
     def _bend(self, x: Tensor, r: Tensor) -> Bend | None:
         """Second derivative of the residuals along a step, by a difference; None for losses.
@@ -278,9 +286,8 @@ class NetworkProblem:
             return None
 
         def bend(p: Tensor, Jp: Tensor) -> Tensor:
-            # r(x + hp) = r + h Jp + h^2/2 r_pp; h = 0.1 as in Transtrum and Sethna (2012).
-            ahead = self._retry(lambda: self._rows(self._point(x + _AHEAD * p))).to(r.dtype)
-            return (2 / _AHEAD) * ((ahead - r) / _AHEAD - Jp)
+            ahead = self._retry(lambda: self._rows(self._point(x + AHEAD * p))).to(r.dtype)
+            return second_difference(r, ahead, Jp)
 
         return bend
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,15 +20,14 @@ from torch.utils import _pytree as pytree
 
 from ._descent import START, START_LOSS, Descent, FitState
 from ._jacobian import Plan, Point, choose
+from ._legate import Cluster, LegateProblem
 from ._losses import Objective, ResidualFunction, from_loss, from_residual
 from ._network import Batch, Network
 from ._params import Parameters, fixed_random
 from ._problem import NetworkProblem, Settings, available_memory
 
-#: Ways to hold the linear algebra; each makes a problem of (network, batch, plan, settings).
-PROBLEMS: dict[str, Callable[[Network, Batch, Plan, Settings], NetworkProblem]] = {
-    "torch": NetworkProblem
-}
+#: Where rows are made and added up: in this process, or in Legate's tasks.
+LINALG = ("torch", "legate")
 
 
 @dataclass(frozen=True)
@@ -60,8 +58,8 @@ class Session:
     """A model, its parameters in the solver, and the current batch."""
 
     def __init__(self, model: nn.Module, options: Options, solver: Descent) -> None:
-        if options.linalg not in PROBLEMS:
-            raise ValueError(f"`linalg` must be one of {list(PROBLEMS)}, got {options.linalg!r}.")
+        if options.linalg not in LINALG:
+            raise ValueError(f"`linalg` must be one of {LINALG}, got {options.linalg!r}.")
         if not options.weight_decay >= 0 or math.isinf(options.weight_decay):
             raise ValueError(f"`weight_decay` must not be negative, got {options.weight_decay}.")
         self.model = model
@@ -74,6 +72,10 @@ class Session:
         check_parameters(self.network.parameters, x0)
         self.x0 = x0.to(torch.float64)
         self.memory = options.memory or available_memory(x0.device) // 2
+        self.cluster: Cluster | None = None
+        if options.linalg == "legate":
+            self.cluster = Cluster(self.network)
+            self.memory = int(self.agreed(self.memory))
         self.plans: dict[Any, Plan] = {}
         self.problem: NetworkProblem | None = None
         self.state: FitState | None = None
@@ -93,7 +95,7 @@ class Session:
             self._stochastic = is_stochastic(self.network, self._point(batch, None), batch)
         settings = self._settings(batch, self._mask_seed(number))
         plan = self._plan(batch, settings)
-        self.problem = PROBLEMS[self.options.linalg](self.network, batch, plan, settings)
+        self.problem = self._problem(batch, plan, settings)
         if self.state is None:
             start = START if self.network.objective.exact else START_LOSS
             self.state = self.solver.init(self.problem, self.x0, start)
@@ -122,9 +124,7 @@ class Session:
     def cost_of(self, batch: Batch, x: Tensor, number: int = 0) -> float:
         """Cost of any samples at x (n,), under the masks of a batch of that number."""
         settings = self._settings(batch, self._mask_seed(number))
-        problem = PROBLEMS[self.options.linalg](
-            self.network, batch, self._plan(batch, settings), settings
-        )
+        problem = self._problem(batch, self._plan(batch, settings), settings)
         return float(problem.cost(problem.residual(x)))
 
     def load(self, x: Tensor) -> None:
@@ -146,6 +146,15 @@ class Session:
             for name, buffer in self.model.named_buffers():
                 buffer.copy_(module.get_buffer(name))
 
+    def agreed(self, value: float) -> float:
+        """A number that decides something, the same on every rank of a run."""
+        return value if self.cluster is None else self.cluster.agreed(value)[0]
+
+    def _problem(self, batch: Batch, plan: Plan, settings: Settings) -> NetworkProblem:
+        if self.cluster is None:
+            return NetworkProblem(self.network, batch, plan, settings)
+        return LegateProblem(self.network, batch, plan, settings, self.cluster)
+
     def _mask_seed(self, number: int) -> int | None:
         return (self.options.seed << 20) + number if self._stochastic else None
 
@@ -166,7 +175,8 @@ class Session:
         key = next((k for k in self.plans if k[0] == shapes and k[1] in (None, batch.size)), None)
         if key is None:
             point = Point(self.network.parameters.unpack(self.x), settings.scale, settings.seed)
-            plan = choose(self.network, batch, point, self.memory // 4)
+            chosen = choose if self.cluster is None else self.cluster.choose
+            plan = chosen(self.network, batch, point, self.memory // 4)
             key = (shapes, batch.size if plan.coupled else None)
             self.plans[key] = plan
             if plan.note and plan.note not in self.notes:

@@ -37,6 +37,14 @@ class NormalSums:
         self.grad = torch.zeros(n, dtype=dtype, device=device)
         self._part: np.ndarray | None = None
 
+    @classmethod
+    def into(cls, gram: Tensor, grad: Tensor, block_dtype: torch.dtype | None = None) -> NormalSums:
+        """Sums that grow in the memory of others."""
+        sums = cls.__new__(cls)
+        sums.block_dtype = block_dtype or gram.dtype
+        sums.gram, sums.grad, sums._part = gram, grad, None
+        return sums
+
     def add(self, r: Tensor, J: Tensor) -> None:
         """Add rows J (rows, n) with residuals r (rows,)."""
         J, r = J.to(self.block_dtype), r.to(self.block_dtype)
@@ -70,33 +78,38 @@ class DualKernel:
         """K, one parameter after another."""
         m = self.samples * self.k
         K = torch.zeros((m, m), dtype=dtype, device=device)
-        for uses, size in zip(self.factors, self.sizes, strict=True):
-            if _multiplies(uses):
-                self._add_products(K, uses[0])
-            elif uses:
-                self._add_rows(K, uses, size)
+        self.add_band(K, range(self.samples))
         return K
 
-    def _add_products(self, K: Tensor, use: Factor) -> None:
-        """Gram of output gradients times Gram of inputs, in bands of rows."""
+    def add_band(self, K: Tensor, samples: range) -> None:
+        """Add the rows of some consecutive samples to a band K (rows, m) of zeros."""
+        for uses, size in zip(self.factors, self.sizes, strict=True):
+            if _multiplies(uses):
+                self._add_products(K, uses[0], samples)
+            elif uses:
+                self._add_rows(K, uses, size, samples)
+
+    def _add_products(self, K: Tensor, use: Factor, samples: range) -> None:
+        """Gram of output gradients times Gram of inputs, a few rows at a time."""
         B, k = self.samples, self.k
         G = torch.stack([g[:, 0] for g in use.g], 1).flatten(0, 1).to(K.dtype)
         A = None if use.places is None else use.places(slice(None))[:, 0].to(K.dtype)
         band = max(1, min(B, self.memory // (2 * B * k * k * K.dtype.itemsize)))
-        for lo in range(0, B, band):
-            hi = min(lo + band, B)
+        for lo in range(samples.start, samples.stop, band):
+            hi = min(lo + band, samples.stop)
             part = G[lo * k : hi * k] @ G[: hi * k].T
             if A is not None:
                 inputs = A[lo:hi] @ A[:hi].T
                 part = part.view(hi - lo, k, hi, k).mul_(inputs[:, None, :, None])
                 part = part.view((hi - lo) * k, hi * k)
-            K[lo * k : hi * k, : hi * k].add_(part)
+            first = samples.start
+            K[(lo - first) * k : (hi - first) * k, : hi * k].add_(part)
 
-    def _add_rows(self, K: Tensor, uses: list[Factor], size: int) -> None:
+    def _add_rows(self, K: Tensor, uses: list[Factor], size: int, samples: range) -> None:
         """Columns of J made slice by slice."""
         for J in self._slices(uses, size):
             J = J.to(K.dtype)
-            K.addmm_(J, J.T)
+            K.addmm_(J[samples.start * self.k : samples.stop * self.k], J.T)
 
     def _slices(self, uses: list[Factor], size: int) -> Iterator[Tensor]:
         """Columns of one parameter (m, columns), a slice of its first axis at a time."""

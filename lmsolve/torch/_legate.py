@@ -1,0 +1,304 @@
+"""Networks on Legate, in place: rows of J are computed where their samples are, and added up there.
+
+At a trial each shard returns its part of the cost, one number. At an accepted point
+
+    m >= n   each shard adds up J'J and J'r of its rows, and the shards' sums are summed;
+    m < n    each shard makes its rows of K = J J', which needs no J but that of one parameter.
+
+The host reads n^2 + n numbers, or m^2 + m, for an accepted step, and solves; J never leaves its
+device and is never held. All ranks make the same launches with the same numbers: whatever decides
+(memory, the way of differentiating, a clock) is agreed on first.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lmsolve.legate._start import start
+
+from ._jacobian import Plan, Point, choose
+from ._network import Batch, Network
+from ._params import quiet_transforms
+from ._problem import COARSE, Evaluation, NetworkProblem, Settings, accumulator
+from ._shards import (
+    CostJob,
+    CoupledSumsJob,
+    CurvatureJob,
+    Job,
+    KernelJob,
+    Placed,
+    ProductJob,
+    RowsJob,
+    SumsJob,
+    TransposedJob,
+    checksum,
+)
+from ._subproblems import Linearised, Products, TallSubproblem, WideSubproblem, solved
+
+WAYS = ("factors", "vmap", "graph")
+# What copy.deepcopy raises for objects that cannot be copied.
+_COPY_ERRORS = (TypeError, RuntimeError, AttributeError, NotImplementedError, pickle.PicklingError)
+
+
+class Cluster:
+    """Legate as a session sees it: its processors, its stores, and what the ranks agree on."""
+
+    def __init__(self, network: Network) -> None:
+        _check_copy(network)
+        start()
+        from legate.core import TaskTarget, get_legate_runtime
+
+        from lmsolve.legate import _memory, _tasks
+
+        self._tasks, self._memory = _tasks, _memory
+        self.ranks = int(get_legate_runtime().node_count)
+        gpus = _tasks.processors(TaskTarget.GPU)
+        self.target = TaskTarget.GPU if gpus else TaskTarget.CPU
+        self.processors = gpus or _tasks.processors(TaskTarget.CPU)
+        check_processors(self.processors, gpus, network.parameters.device)
+        self.local = -(-self.processors // self.ranks)
+        self._held: dict[str, tuple[Any, Any]] = {}
+
+    def agreed(self, *values: float) -> list[float]:
+        """The first rank's values, at most three, on every rank: numbers that decide something."""
+        if self.ranks == 1:
+            return list(values)
+        padded = [*values, 0.0, 0.0][:3]
+        found = self._tasks.launch(lambda shard: padded, 1, self.target)
+        return [float(v) for v in found[0, : len(values)]]
+
+    def choose(self, network: Network, batch: Batch, point: Point, memory: int) -> Plan:
+        """How rows are made: timed on the first rank, the same on all."""
+        plan = choose(network, batch, point, memory // self.local, forward=False)
+        code = 2 * WAYS.index(plan.way) + plan.batched
+        code, samples, activation = map(int, self.agreed(code, plan.samples, plan.activation_bytes))
+        return replace(
+            plan,
+            way=WAYS[code // 2],
+            batched=bool(code % 2),
+            samples=samples,
+            activation_bytes=activation,
+        )
+
+    def table(self, kind: str, shards: int, size: int) -> Any:
+        """A table of float64 (shards, size) to be summed, one of each kind kept."""
+        return self._kept(
+            kind, (shards, size), lambda: self._tasks.Table(shards, size, self.target)
+        )
+
+    def store(self, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+        """A store, one of each kind kept between launches."""
+        from legate.core import get_legate_runtime, types
+
+        of = types.float64 if dtype == torch.float64 else types.float32
+        make = get_legate_runtime().create_store
+        return self._kept(kind, (shape, dtype), lambda: make(of, shape))
+
+    def _kept(self, kind: str, form: Any, make: Callable[[], Any]) -> Any:
+        """The thing of a kind; one of another form takes its place."""
+        if kind not in self._held or self._held[kind][0] != form:
+            self._held.pop(kind, None)
+            self._held[kind] = form, make()
+        return self._held[kind][1]
+
+    def require(self, size: int, what: str) -> None:
+        """MemoryError, with the option to raise, where Legate's pool cannot hold ``size`` bytes."""
+        option = "sysmem" if self.target.name == "CPU" else "fbmem"
+        self._memory.require(size, option, what)
+
+    def launch(self, job: Job, outputs: Sequence[Any] = ()) -> np.ndarray:
+        """Run a job on every shard; each shard's number, array (shards,)."""
+        threads = torch.get_num_threads()
+        try:
+            with quiet_transforms():
+                status = self._tasks.launch(job, job.placed.shards, self.target, (), outputs)
+        finally:
+            # A task sets its own thread's number, and with it that of threads still to come.
+            torch.set_num_threads(threads)
+        for column, what in ((1, "parameters"), (2, "data")):
+            if not (status[:, column] == status[0, column]).all():
+                raise RuntimeError(
+                    f"The ranks of this run hold different {what}: give every rank the same model "
+                    "and data (seed the generators, and the DataLoader's)."
+                )
+        values: np.ndarray = status[:, 0]
+        return values
+
+    def read(self, store: Any) -> Tensor:
+        """A store's values on the host, the same on every rank."""
+        return torch.from_numpy(self._tasks.read(store))
+
+
+def _check_copy(network: Network) -> None:
+    """TypeError where a model cannot be copied."""
+    try:
+        copy.deepcopy(network.module)
+    except _COPY_ERRORS as error:
+        raise TypeError(
+            "`model` must allow copy.deepcopy, for every thread of Legate computes with a copy of "
+            f"its own: {error}. Keep locks, files and tensors with a graph out of the module, or "
+            "use `linalg='torch'`."
+        ) from error
+
+
+def check_processors(processors: int, gpus: int, device: torch.device) -> None:
+    """RuntimeError where Legate's processors are none that torch can compute on."""
+    if not processors:
+        raise RuntimeError(
+            "Legate has no processor for the model: start with --cpus 1 or more, or with --gpus."
+        )
+    if gpus and not torch.cuda.is_available():
+        raise RuntimeError(
+            f"Legate holds {gpus} GPUs, but this torch has no CUDA: install a CUDA build of "
+            "torch, or start Legate with --cpus N --gpus 0."
+        )
+    if not gpus and device.type != "cpu":
+        raise RuntimeError(
+            f"`model` is on {device}, and Legate holds no GPU: start with --gpus 1 or more, or "
+            "move the model with `model.cpu()`."
+        )
+
+
+class LegateProblem(NetworkProblem):
+    """`NetworkProblem` with its rows on Legate's processors."""
+
+    def __init__(
+        self, network: Network, batch: Batch, plan: Plan, settings: Settings, cluster: Cluster
+    ) -> None:
+        super().__init__(network, batch, plan, settings)
+        self.cluster = cluster
+        self.placed = Placed(network, batch, cluster.processors)
+        if cluster.ranks > 1:
+            tensors = pytree.tree_leaves((batch.inputs, batch.targets, batch.weights))
+            arrays = [a.cpu().numpy() for a in tensors if isinstance(a, Tensor)]
+            self.placed.checksum = checksum(*arrays)
+
+    def linearize(self, x: Tensor, r: Evaluation, damping: float = 0.0) -> Linearised:
+        """Subproblem at x (n,); MemoryError where Legate's pool is too small for it."""
+        n, m, form = self.network.parameters.n, self.m, self.form()
+        if form == "normal":
+            # The sum itself, and a row for each processor of this process.
+            size = 8 * n * (n + 1) * (self.cluster.local + 1)
+            self.cluster.require(size, "The sums of J'J")
+        elif form == "dual":
+            size = m * m * accumulator(self.network, m).itemsize
+            self.cluster.require(size, "The kernel J J'")
+        return super().linearize(x, r, damping)
+
+    def _evaluate(self, x: Tensor) -> Evaluation:
+        if self.plan.coupled:
+            return super()._evaluate(x)
+        costs = self.launch(CostJob, x)
+        decay = 0.5 * self.settings.decay * x.to(torch.float64).square().sum()
+        return Evaluation(decay + float(costs.sum()), None)
+
+    def _normal(self, x: Tensor, passes: Any, damping: float = 0.0) -> TallSubproblem:
+        network, n = self.network, self.network.parameters.n
+        table = self.cluster.table("sums", self.placed.shards, n * n + n)
+        coarse = network.parameters.dtype if damping > COARSE else None
+        job = CoupledSumsJob if self.plan.coupled else SumsJob
+        self.launch(job, x, coarse, outputs=(table.rows,))
+        sums = torch.from_numpy(table.total()).to(x.device)
+        gram, grad = sums[: n * n].view(n, n), sums[n * n :]
+        if self.plan.coupled:
+            r = self._rows(self._point(x)).to(x.dtype)
+            products, bend = self._products(x), self._bend(x, r)
+            return TallSubproblem(gram, grad, x, r, products, self.settings.decay, bend)
+        curved = self._curved(x) if network.objective.exact else None
+        return ShardedTallSubproblem(gram, grad, x, self._products(x), self.settings.decay, curved)
+
+    def _dual(self, x: Tensor, passes: Any) -> WideSubproblem:
+        if self.plan.coupled:
+            return super()._dual(x, None)
+        m, k, tile = self.m, self.plan.k, self.placed.tile
+        store = self.cluster.store("kernel", (m, m), accumulator(self.network, m))
+        self.launch(
+            KernelJob, x, self._groups(), outputs=(store.partition_by_tiling((tile * k, m)),)
+        )
+        kernel = self.cluster.read(store).to(x.device)
+        r = self._rows(self._point(x)).to(x.dtype)
+        products, decay = self._products(x), self.settings.decay
+        return WideSubproblem(kernel, x, r, products, decay, self._bend(x, r))
+
+    def _products(self, x: Tensor) -> Products:
+        return super()._products(x) if self.plan.coupled else ShardedProducts(self, x)
+
+    def _rows(self, point: Point) -> Tensor:
+        if self.plan.coupled:
+            return super()._rows(point)
+        x = torch.cat([t.reshape(-1) for t in point.tensors.values()])
+        return self.written(RowsJob, x)
+
+    def _curved(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda p: self._retry(lambda: self.added(CurvatureJob, x, p))
+
+    def added(self, job: type[Job], x: Tensor, *arguments: Any) -> Tensor:
+        """Sum (n,) of a job's vectors over the shards."""
+        table = self.cluster.table("vector", self.placed.shards, self.network.parameters.n)
+        self.launch(job, x, *arguments, outputs=(table.rows,))
+        return torch.from_numpy(table.total()).to(x.device)
+
+    def written(self, job: type[Job], x: Tensor, *arguments: Any) -> Tensor:
+        """The shards' rows (m,) of a job."""
+        store = self.cluster.store("rows", (self.m,), torch.float64)
+        tiles = store.partition_by_tiling((self.placed.tile * self.plan.k,))
+        self.launch(job, x, *arguments, outputs=(tiles,))
+        return self.cluster.read(store).to(x.device)
+
+    def launch(
+        self,
+        job: type[Job],
+        x: Tensor,
+        *arguments: Any,
+        outputs: Sequence[Any] = (),
+    ) -> np.ndarray:
+        """Run a job of this batch at x; each shard's number."""
+        made = job(self.placed, x, self.plan, self.settings, *arguments)
+        return self.cluster.launch(made, outputs)
+
+
+class ShardedProducts:
+    """Products with rows that lie in shards: one launch each."""
+
+    def __init__(self, problem: LegateProblem, x: Tensor) -> None:
+        self._problem, self._x = problem, x
+
+    def transposed(self, z: Tensor) -> Tensor:
+        """J'z (n,)."""
+        return self._problem.added(TransposedJob, self._x, z).to(z.dtype)
+
+    def product(self, p: Tensor) -> Tensor:
+        """J p (m,)."""
+        return self._problem.written(ProductJob, self._x, p).to(p.dtype)
+
+
+class ShardedTallSubproblem(TallSubproblem):
+    """Normal equations whose geodesic acceleration is added up in the shards too."""
+
+    def __init__(
+        self,
+        gram: Tensor,
+        grad: Tensor,
+        x: Tensor,
+        products: Products,
+        decay: float,
+        curved: Callable[[Tensor], Tensor] | None,
+    ) -> None:
+        super().__init__(gram, grad, x, x.new_empty(0), products, decay, None)
+        self._curved = curved
+
+    def acceleration(self, p: Tensor) -> Tensor | None:
+        """Geodesic acceleration (n,) of the last step."""
+        if self._curved is None:
+            return None
+        assert self._factor is not None
+        return -0.5 * solved(self._factor, self._curved(p).to(p.dtype))

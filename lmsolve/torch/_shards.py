@@ -1,0 +1,442 @@
+"""What Legate's tasks do with a network: one shard of the samples each, in a thread of its own.
+
+A job goes to every shard, computes with torch where the task runs, and leaves its part in a store:
+a row of a table that is summed over the shards, or rows of its own. Parameters and host data reach
+it through the job (every rank makes the same one), so that on CPUs nothing is copied, and on a GPU
+the shard's samples are, once for each batch.
+
+Tasks of one process are threads. `functional_call` on a module that two threads share gives
+silently wrong results, so each thread has a copy; forward mode belongs to the whole process, so
+everything here is reverse mode.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from . import _factors, _jacobian
+from ._factors import Pending
+from ._jacobian import Plan, Point
+from ._network import Batch, Network
+from ._problem import AHEAD, HELD, Settings, second_difference
+from ._products import FactorProducts, GraphProducts, HeldProducts
+from ._subproblems import Products
+from ._sums import DualKernel, NormalSums
+
+if TYPE_CHECKING:
+    from lmsolve.legate._tasks import Shard
+
+Kept = tuple[np.ndarray, Any]  # something made at an x
+
+
+class Placed:
+    """A batch cut into shards, and what this process holds of it between launches."""
+
+    def __init__(self, network: Network, batch: Batch, processors: int) -> None:
+        self.network, self.batch = network, batch
+        self.tile = -(-batch.size // processors)
+        self.shards = -(-batch.size // self.tile)
+        self.checksum = 0.0  # of the batch, where several ranks hold one
+        self._thread = threading.local()
+        self._lock = threading.Lock()
+        self._data: dict[tuple[int, torch.device], Batch] = {}
+        self._pending: dict[int, Kept] = {}
+        self._rows: dict[int, Kept] = {}
+
+    def part(self, index: int) -> Batch:
+        """A shard's samples, on the host or wherever the user left them."""
+        return self.batch.block(index * self.tile, (index + 1) * self.tile)
+
+    def on(self, device: torch.device, index: int) -> Batch:
+        """A shard's samples on the device of its task: copied there once."""
+        if device == self.network.parameters.device:
+            return self.part(index)
+        if (index, device) not in self._data:
+            self._data[index, device] = moved(self.part(index), device)
+        return self._data[index, device]
+
+    def network_on(self, device: torch.device) -> Network:
+        """This thread's copy of the network."""
+        copies = self._thread.__dict__.setdefault("copies", {})
+        if device not in copies:
+            with self._lock:
+                copies[device] = copied(self.network, device)
+        found: Network = copies[device]
+        return found
+
+    def keep_pending(self, index: int, x: np.ndarray, passes: list[Pending]) -> None:
+        """Hold the forward passes of a trial point: it may be accepted."""
+        self._pending[index] = x, passes
+
+    def take_pending(self, index: int, x: np.ndarray) -> list[Pending] | None:
+        """The forward passes at x, if this process has them; they serve once."""
+        found: list[Pending] | None = _at(x, self._pending.pop(index, None))
+        return found
+
+    def keep_rows(self, index: int, x: np.ndarray, products: Products, r: Tensor) -> None:
+        """Hold a linearisation's residuals, and products with its rows."""
+        self._rows[index] = x, (products, r)
+
+    def rows(self, index: int, x: np.ndarray) -> tuple[Products, Tensor] | None:
+        """What this process holds of the linearisation at x."""
+        found: tuple[Products, Tensor] | None = _at(x, self._rows.get(index))
+        return found
+
+
+def _at(x: np.ndarray, kept: Kept | None) -> Any:
+    return kept[1] if kept is not None and np.array_equal(kept[0], x) else None
+
+
+def copied(network: Network, device: torch.device) -> Network:
+    """A network of its own for a thread; on the same device it shares the parameters' memory."""
+    own = device == network.parameters.device
+    # Their values come with every call, so that only what surrounds them must be separate.
+    shared = {id(p): p for p in network.module.parameters()} if own else {}
+    module = copy.deepcopy(network.module, shared)
+    if own:
+        return replace(network, module=module)
+    parameters = replace(network.parameters, device=device)
+    return replace(network, module=module.to(device), parameters=parameters)
+
+
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """Samples on another device."""
+
+    def move(a: Any) -> Any:
+        return a.to(device) if isinstance(a, Tensor) else a
+
+    weights = None if batch.weights is None else batch.weights.to(device)
+    inputs, targets = pytree.tree_map(move, (batch.inputs, batch.targets))
+    return replace(batch, inputs=inputs, targets=targets, weights=weights)
+
+
+def checksum(*arrays: np.ndarray) -> float:
+    """Of the bits of arrays: ranks that hold different ones must stop, not wait for each other."""
+    total = 0
+    for a in arrays:
+        total = zlib.crc32(np.ascontiguousarray(a).data, total)
+    return float(total)
+
+
+@dataclass(frozen=True)
+class Here:
+    """A task's shard where it runs."""
+
+    index: int
+    network: Network
+    batch: Batch
+    point: Point
+
+
+class Job:
+    """What a task does with its shard at one x."""
+
+    def __init__(self, placed: Placed, x: Tensor, plan: Plan, settings: Settings) -> None:
+        self.placed, self.plan, self.settings = placed, plan, settings
+        self.x = x.detach().cpu().numpy()
+        self._checksum = checksum(self.x)
+
+    def __call__(self, shard: Shard) -> Sequence[float]:
+        """A number of the shard's own, and the checksums of parameters and data."""
+        device = device_of(shard.stream)
+        with stream_of(shard.stream):
+            network = self.placed.network_on(device)
+            x = torch.from_numpy(self.x).to(device)
+            point = Point(network.parameters.unpack(x), self.settings.scale, self.settings.seed)
+            batch = self.placed.on(device, shard.index)
+            here = Here(shard.index, network, batch, point)
+            return self.compute(here, shard), self._checksum, self.placed.checksum
+
+    def compute(self, here: Here, shard: Shard) -> float:
+        """The work itself."""
+        raise NotImplementedError
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the passes of all the shards may stay in memory between launches."""
+        plan = self.plan
+        room = plan.activation_bytes * self.placed.batch.size
+        return plan.way == "factors" and room <= self.settings.memory // 4
+
+    def evaluation_samples(self) -> int:
+        """Samples in a block of a forward pass; as in the Jacobian where masks depend on it."""
+        if self.plan.way == "factors" or self.settings.seed is not None:
+            return self.plan.samples
+        return max(self.plan.samples, 1024)
+
+    def rows(self, here: Here) -> Tensor:
+        """The shard's residuals, or rows of its loss, flat."""
+        blocks = here.batch.blocks(self.evaluation_samples())
+        point = here.point
+        judged = [here.network.judge(point.tensors, b, point.scale, point.seed) for b in blocks]
+        return torch.cat([j.rows.detach().reshape(-1) for j in judged])
+
+    def linear(self, here: Here) -> tuple[Products, Callable[[], Tensor]]:
+        """Products with the shard's rows, and its residuals on demand."""
+        kept = self.placed.rows(here.index, self.x)
+        if kept is not None:
+            return kept[0], lambda: kept[1]
+        samples = self.evaluation_samples()
+        graph = GraphProducts(here.network, here.batch, here.point, samples, _forward_mode=False)
+        return graph, lambda: self.rows(here)
+
+
+class CostJob(Job):
+    """The shard's part of the cost."""
+
+    def compute(self, here: Here, shard: Shard) -> float:
+        """Forward passes; they are kept for the case that the point is accepted."""
+        network, point, cost = here.network, here.point, 0.0
+        passes: list[Pending] = []
+        for block in here.batch.blocks(self.evaluation_samples()):
+            if self.keeps:
+                passes.append(_factors.run(network, point.tensors, block, point.scale, point.seed))
+                cost += float(passes[-1].cost.sum())
+            else:
+                judged = network.judge(point.tensors, block, point.scale, point.seed)
+                cost += float(judged.cost.detach().sum())
+        if self.keeps:
+            self.placed.keep_pending(here.index, self.x, passes)
+        return cost
+
+
+class SumsJob(Job):
+    """Writes the shard's J'J and J'r into its row of a table, n * n + n numbers."""
+
+    def __init__(
+        self,
+        placed: Placed,
+        x: Tensor,
+        plan: Plan,
+        settings: Settings,
+        block_dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__(placed, x, plan, settings)
+        self._block_dtype = block_dtype
+
+    def compute(self, here: Here, shard: Shard) -> float:
+        """Rows in blocks, held only where they are few."""
+        sums = self.sums(here, shard)
+        if self.keeps:
+            self._from_passes(here, sums)
+            return 0.0
+        n, itemsize = here.network.parameters.n, here.network.parameters.dtype.itemsize
+        size = self.plan.k * self.placed.batch.size * n * itemsize
+        few = size <= min(HELD, self.settings.memory // 4)
+        held: list[_jacobian.Block] = []
+        for r, J in _jacobian.stream(here.network, here.batch, here.point, self.plan):
+            sums.add(r, J)
+            if few:
+                held.append((r.clone(), J.clone()))
+        if few:
+            products = HeldProducts(torch.cat([J for _, J in held]))
+            self.placed.keep_rows(here.index, self.x, products, torch.cat([r for r, _ in held]))
+        return 0.0
+
+    def sums(self, here: Here, shard: Shard) -> NormalSums:
+        """The sums in the row's memory."""
+        n, row = here.network.parameters.n, zeros_in(shard)
+        gram, grad = row[: n * n].view(n, n), row[n * n :]
+        return NormalSums.into(gram, grad, self._block_dtype)
+
+    def _from_passes(self, here: Here, sums: NormalSums) -> None:
+        done = [pending.backward() for pending in self._pending(here)]
+        for found in done:
+            for r, J in _jacobian.rows_of_pass(here.network, found, sums.block_dtype):
+                sums.add(r, J)
+        products = FactorProducts(done, here.network.parameters.offsets)
+        r = torch.cat([found.rows.reshape(-1) for found in done])
+        self.placed.keep_rows(here.index, self.x, products, r)
+
+    def _pending(self, here: Here) -> list[Pending]:
+        found = self.placed.take_pending(here.index, self.x)
+        if found is not None:
+            return found
+        blocks, point = here.batch.blocks(self.plan.samples), here.point
+        return [
+            _factors.run(here.network, point.tensors, b, point.scale, point.seed) for b in blocks
+        ]
+
+
+class CoupledSumsJob(SumsJob):
+    """J'J and J'r of a batch whose samples see each other: a task takes some of the rows.
+
+    Every task runs the whole batch forward, which is the price of its statistics; the backward
+    passes, one a row, are shared out.
+    """
+
+    def compute(self, here: Here, shard: Shard) -> float:
+        """Backward passes for the rows of this shard."""
+        sums, m = self.sums(here, shard), self.plan.k
+        tile = -(-m // self.placed.shards)
+        some = range(here.index * tile, min((here.index + 1) * tile, m))
+        whole = self.placed.batch
+        if sums.gram.device != self.placed.network.parameters.device:
+            whole = moved(whole, sums.gram.device)
+        rows = _jacobian.coupled_rows(here.network, whole, here.point, self.plan, some)
+        for r, J in rows if some else ():
+            sums.add(r, J)
+        return 0.0
+
+
+class CurvatureJob(Job):
+    """Writes the shard's J'r_pp (n,) into its row of a table: the geodesic acceleration's.
+
+    No number of residuals' size leaves the task.
+    """
+
+    def __init__(
+        self, placed: Placed, x: Tensor, plan: Plan, settings: Settings, p: Tensor
+    ) -> None:
+        super().__init__(placed, x, plan, settings)
+        self._p = p.detach().cpu()
+
+    def compute(self, here: Here, shard: Shard) -> float:
+        """Second difference of the residuals along p."""
+        out = zeros_in(shard)
+        x, p = torch.from_numpy(self.x).to(out.device), self._p.to(out.device)
+        products, residuals = self.linear(here)
+        Jp = products.product(p).to(x.dtype)
+        ahead = Point(
+            here.network.parameters.unpack(x + AHEAD * p), here.point.scale, here.point.seed
+        )
+        r_pp = second_difference(
+            residuals().to(x.dtype), self.rows(replace(here, point=ahead)).to(x.dtype), Jp
+        )
+        out += products.transposed(r_pp)
+        return 0.0
+
+
+class RowsJob(Job):
+    """Writes the shard's rows r into its part of a store (m,)."""
+
+    def compute(self, here: Here, shard: Shard) -> float:
+        """One forward pass."""
+        view_of(shard.outputs[0]).copy_(self.rows(here))
+        return 0.0
+
+
+class ProductJob(Job):
+    """Writes the shard's part of `J p` into its part of a store (m,)."""
+
+    def __init__(
+        self, placed: Placed, x: Tensor, plan: Plan, settings: Settings, p: Tensor
+    ) -> None:
+        super().__init__(placed, x, plan, settings)
+        self._p = p.detach().cpu()
+
+    def compute(self, here: Here, shard: Shard) -> float:
+        """Twice backward, or from the factors of a kept pass."""
+        out = view_of(shard.outputs[0])
+        out.copy_(self.linear(here)[0].product(self._p.to(out.device)))
+        return 0.0
+
+
+class TransposedJob(Job):
+    """Writes the shard's part of `J'z` (n,) into its row of a table."""
+
+    def __init__(
+        self, placed: Placed, x: Tensor, plan: Plan, settings: Settings, z: Tensor
+    ) -> None:
+        super().__init__(placed, x, plan, settings)
+        self._z = z.detach().cpu()
+
+    def compute(self, here: Here, shard: Shard) -> float:
+        """One backward pass."""
+        out = zeros_in(shard)
+        first = here.index * self.placed.tile * self.plan.k
+        part = self._z[first : first + here.batch.size * self.plan.k].to(out.device)
+        out += self.linear(here)[0].transposed(part)
+        return 0.0
+
+
+class KernelJob(Job):
+    """Writes the shard's rows of `K = J J'`, lower triangle, into its part of a store (m, m).
+
+    A row of K needs all samples: each task runs them all, which costs little beside the m^2 n
+    operations of K that are shared out, and J is held for one parameter, or a group of them.
+    """
+
+    def __init__(
+        self, placed: Placed, x: Tensor, plan: Plan, settings: Settings, groups: list[range]
+    ) -> None:
+        super().__init__(placed, x, plan, settings)
+        self._groups = groups
+
+    def compute(self, here: Here, shard: Shard) -> float:
+        """One parameter after another."""
+        band = view_of(shard.outputs[0])
+        band.zero_()
+        lo = here.index * self.placed.tile
+        own = range(lo, lo + here.batch.size)
+        if self.plan.way == "factors":
+            found = _factors.joined([pending.backward() for pending in self._all(here)])
+            sizes, k = tuple(here.network.parameters.sizes), self.plan.k
+            memory = self.settings.memory // 4 // self.placed.shards
+            kernel = DualKernel(found.factors, sizes, self.placed.batch.size, k, memory)
+            kernel.add_band(band, own)
+            return 0.0
+        rows = slice(own.start * self.plan.k, own.stop * self.plan.k)
+        for group in self._groups:
+            J = torch.cat([J.to(band.dtype) for J in self._columns(here, group)])
+            band.addmm_(J[rows], J.T)
+        return 0.0
+
+    def _parts(self, here: Here) -> Iterator[Batch]:
+        """All samples, cut as at every other launch: dropout masks depend on it."""
+        device = here.network.parameters.device
+        for index in range(self.placed.shards):
+            yield self.placed.on(device, index)
+
+    def _all(self, here: Here) -> list[Pending]:
+        point = here.point
+        return [
+            _factors.run(here.network, point.tensors, block, point.scale, point.seed)
+            for part in self._parts(here)
+            for block in part.blocks(self.plan.samples)
+        ]
+
+    def _columns(self, here: Here, group: range) -> Iterator[Tensor]:
+        for part in self._parts(here):
+            for _, J in _jacobian.stream(here.network, part, here.point, self.plan, group):
+                yield J
+
+
+def view_of(store: Any) -> Tensor:
+    """A store's memory where it lies."""
+    return torch.utils.dlpack.from_dlpack(store)
+
+
+def zeros_in(shard: Shard) -> Tensor:
+    """The shard's row of a table, flat, at zero."""
+    return view_of(shard.outputs[0]).reshape(-1).zero_()
+
+
+def device_of(stream: int | None) -> torch.device:
+    """Device of a task: CPU tasks have no stream."""
+    if stream is None:
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def stream_of(stream: int | None) -> AbstractContextManager[Any]:
+    """The stream of a task on a GPU; on a CPU one thread, for a task has one processor."""
+    if stream is None:
+        if torch.get_num_threads() != 1:  # of this thread
+            torch.set_num_threads(1)
+        return nullcontext()
+    context: AbstractContextManager[Any] = torch.cuda.stream(
+        torch.cuda.ExternalStream(stream)  # type: ignore[no-untyped-call]
+    )
+    return context

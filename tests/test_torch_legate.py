@@ -1,0 +1,443 @@
+"""Networks in Legate's tasks: the steps of one process, and every trap of threads and shards."""
+
+from __future__ import annotations
+
+import gc
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch import nn  # noqa: E402  (after the skip)
+from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
+
+from lmsolve.legate._start import inspect_machine, obstacle  # noqa: E402
+from lmsolve.torch import LM, fit  # noqa: E402
+from tests.test_legate_ranks import launch  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def net(width: int = 8, inputs: int = 1, out: int = 1, *, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(inputs, width), nn.Tanh(), nn.Linear(width, out)).double()
+
+
+def curve(m: int = 61) -> tuple[Any, Any]:
+    x = torch.linspace(-1, 1, m, dtype=torch.float64)[:, None]
+    return x, torch.sin(3 * x)
+
+
+def cloud(m: int = 21, out: int = 2) -> tuple[Any, Any]:
+    torch.manual_seed(5)
+    return torch.randn(m, 3).double(), torch.randn(m, out).double()
+
+
+def both(make: Any, data: Any, **options: Any) -> tuple[Any, Any]:
+    """The fit of one process, and of Legate."""
+    options = {"max_steps": 6, **options}
+    return fit(make(), data, **options), fit(make(), data, linalg="legate", **options)
+
+
+def assert_same(pair: tuple[Any, Any], rtol: float = 1e-8) -> None:
+    expected, found = pair
+    assert found.history["accepted"] == expected.history["accepted"]
+    np.testing.assert_allclose(found.history["cost"], expected.history["cost"], rtol=rtol)
+    scale = float(expected.x.abs().max())
+    torch.testing.assert_close(found.x, expected.x, rtol=0.0, atol=rtol * scale)
+
+
+def session(model: nn.Module, data: Any, **options: Any) -> Any:
+    """A session that looks at a batch."""
+    optimizer = LM(model, linalg="legate", **options)
+    optimizer.step(*data)
+    return optimizer._session
+
+
+@pytest.mark.skipif(obstacle(inspect_machine()) is None, reason="Legate can start here")
+def test_without_legate_the_remedy_is_named() -> None:
+    with pytest.raises((ImportError, RuntimeError), match=r"install|LEGATE_CONFIG"):
+        fit(net(), curve(), linalg="legate")
+
+
+def test_unknown_place_for_the_linear_algebra() -> None:
+    with pytest.raises(ValueError, match="`linalg` must be one of"):
+        fit(net(), curve(), linalg="lapack")
+
+
+# --- the same steps ---------------------------------------------------------------------------
+
+
+@pytest.mark.legate
+@pytest.mark.parametrize("m", [61, 60, 25])
+def test_rows_in_shards_give_the_steps_of_one_process(m: int) -> None:
+    assert_same(both(net, curve(m), max_steps=12))
+
+
+@pytest.mark.legate
+def test_fewer_samples_than_processors() -> None:
+    assert_same(both(net, curve(1), max_steps=3))
+    assert session(net(), curve(1)).problem.placed.shards == 1
+
+
+@pytest.mark.legate
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+def test_losses_with_weights_and_decay(loss: str) -> None:
+    x, y = cloud(40, 2)
+    target = y.argmax(1) if loss == "cross_entropy" else y
+    weights = torch.linspace(0.5, 2.0, 40).double()
+    options = {"loss": loss, "weights": weights, "weight_decay": 0.01}
+    assert_same(both(lambda: net(4, 3, 2), (x, target), **options))
+
+
+@pytest.mark.legate
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_wide_networks_share_out_the_kernel(decay: float) -> None:
+    pair = both(lambda: net(40, 3, 2), cloud(), weight_decay=decay)
+    assert_same(pair)
+
+
+class Custom(nn.Module):
+    """A layer that no factors are known of."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = nn.Parameter(torch.randn(3, width).double())
+        self.b = nn.Parameter(torch.randn(width, 2).double() / width)
+
+    def forward(self, x: Any) -> Any:
+        return torch.tanh(x @ self.a) @ self.b
+
+
+@pytest.mark.legate
+@pytest.mark.parametrize("width", [3, 40])
+def test_models_whose_rows_do_not_factor(width: int) -> None:
+    assert_same(both(lambda: Custom(width), cloud()))
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Linear(1, 5).double(), nn.Linear(5, 1).double()
+
+    def forward(self, x: Any, shift: Any) -> Any:
+        return self.two(torch.tanh(self.one(x) + shift))
+
+
+@pytest.mark.legate
+def test_tuple_inputs() -> None:
+    x, y = curve()
+    assert_same(both(TwoInputs, ((x, 0.1 * x.cos()), y)))
+
+
+def normalised() -> nn.Module:
+    torch.manual_seed(0)
+    layers = (nn.Linear(1, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1))
+    return nn.Sequential(*layers).double()
+
+
+@pytest.mark.legate
+@pytest.mark.filterwarnings("ignore:The samples of a batch see each other")
+def test_batch_normalisation_sees_the_whole_batch() -> None:
+    models = [normalised(), normalised()]
+    chosen = iter(models)
+    assert_same(both(lambda: next(chosen), curve()))
+    torch.testing.assert_close(models[1][1].running_mean, models[0][1].running_mean)
+
+
+@pytest.mark.legate
+def test_single_precision_model_has_its_sums_in_double() -> None:
+    x, y = curve()
+    pair = both(lambda: net().float(), (x.float(), y.float()))
+    assert_same(pair, rtol=2e-4)
+    optimizer = session(net().float(), (x.float(), y.float()))
+    state = optimizer.state
+    sub = optimizer.problem.linearize(state.x, optimizer.problem.residual(state.x))
+    assert sub.gram.dtype == torch.float64
+
+
+@pytest.mark.legate
+def test_mini_batches_and_a_data_loader() -> None:
+    x, y = curve()
+    assert_same(both(net, (x, y), batch_size=25))
+    pair = both(net, DataLoader(TensorDataset(x, y), batch_size=25), max_steps=8)
+    assert_same(pair)
+    assert set(pair[1].history["samples"]) == {25, 11}
+
+
+@pytest.mark.legate
+def test_optimizer_steps() -> None:
+    losses = []
+    for linalg in ("torch", "legate"):
+        optimizer = LM(net(), linalg=linalg)
+        losses.append([optimizer.step(*curve()).loss for _ in range(4)])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-9)
+
+
+@pytest.mark.legate
+def test_a_checkpoint_of_legate_goes_on_in_one_process(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    options = {"checkpoint": path, "checkpoint_steps": 1}
+    fit(net(), curve(), max_steps=5, linalg="legate", **options)
+    resumed = fit(net(), curve(), max_steps=9, resume=path)
+    whole = fit(net(), curve(), max_steps=9)
+    assert resumed.steps == 9
+    assert resumed.cost == pytest.approx(whole.cost, rel=1e-8)
+
+
+# --- dropout ----------------------------------------------------------------------------------
+
+
+def dropping() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Dropout(0.5), nn.Linear(16, 1)).double()
+
+
+@pytest.mark.legate
+def test_a_step_has_one_dropout_mask_which_differs_between_shards() -> None:
+    x = torch.ones(40, 1).double()
+    looked_at = session(dropping(), (x, torch.zeros_like(x)))
+    problem, point = looked_at.problem, looked_at.x
+    assert problem.placed.shards == 2
+    rows = problem._rows(problem._point(point))
+    for _ in range(5):
+        assert torch.equal(problem._rows(problem._point(point)), rows)
+    assert not torch.equal(rows[:20], rows[20:])
+    cost = float(problem.residual(point).cost)
+    assert cost == pytest.approx(0.5 * float(rows @ rows), rel=1e-12)
+    # J'r by the rows that the sums saw must be the gradient of that very cost.
+    sub = problem.linearize(point, problem.residual(point))
+    h, direction = 1e-6, torch.ones_like(point)
+    ends = [float(problem.residual(point + s * h * direction).cost) for s in (1, -1)]
+    slope = (ends[0] - ends[1]) / (2 * h)
+    assert float(sub.grad @ direction) == pytest.approx(slope, rel=1e-6)
+
+
+@pytest.mark.legate
+def test_dropout_leaves_torchs_random_numbers_alone() -> None:
+    looked_at = session(dropping(), curve())
+    torch.manual_seed(3)
+    expected = torch.randn(4)
+    torch.manual_seed(3)
+    looked_at.problem.residual(looked_at.x)
+    assert torch.equal(torch.randn(4), expected)
+
+
+# --- traps of tasks that are threads --------------------------------------------------------
+
+
+class Watched(nn.Module):
+    """Notes which object computes in which thread, and waits so that threads meet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = net()
+        self.seen: set[tuple[int, int, int]] = set()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Watched:
+        made = type(self)()
+        made.inner.load_state_dict(self.inner.state_dict())
+        made.seen = self.seen
+        return made
+
+    def forward(self, x: Any) -> Any:
+        self.seen.add((threading.get_ident(), id(self), torch.get_num_threads()))
+        time.sleep(0.01)
+        return self.inner(x)
+
+
+@pytest.mark.legate
+def test_small_batches_use_all_processors_with_a_copy_of_the_model_for_each_thread() -> None:
+    model = Watched()
+    threads = torch.get_num_threads()
+    looked_at = session(model, curve(6))
+    main, own = threading.get_ident(), looked_at.network.module
+    model.seen.clear()
+    for _ in range(4):
+        looked_at.problem.residual(looked_at.x)
+    by_thread = {(thread, module) for thread, module, _ in model.seen}
+    assert len({thread for thread, _ in by_thread}) == 2
+    assert len({module for _, module in by_thread}) == 2
+    assert main not in {thread for thread, _ in by_thread}
+    assert id(own) not in {module for _, module in by_thread}
+    assert {count for _, _, count in model.seen} == {1}  # a task has one processor
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.legate
+def test_forward_mode_is_left_to_one_process() -> None:
+    x, y = cloud(40, 2)
+    linear = nn.Linear(3, 2, bias=False).double()
+    few = lambda: Custom(1)  # noqa: E731  (five parameters, two residuals a sample)
+    for make in (few, lambda: linear):
+        looked_at = session(make(), (x, y))
+        assert looked_at.problem.plan.way != "forward"
+    p = torch.randn(5, dtype=torch.float64)
+    looked_at = session(few(), (x, y))
+    problem, point = looked_at.problem, looked_at.x
+    J = torch.func.jacrev(
+        lambda v: (
+            torch.func.functional_call(
+                looked_at.network.module, looked_at.network.parameters.unpack(v), (x,)
+            )
+            - y
+        ).reshape(-1)
+    )(point)
+    products = problem._products(point)
+    for _ in range(5):
+        torch.testing.assert_close(products.product(p), J @ p)
+    torch.testing.assert_close(products.transposed(y.reshape(-1)), J.T @ y.reshape(-1))
+
+
+class Refused(Exception):
+    pass
+
+
+@pytest.mark.legate
+def test_an_exception_of_the_residual_function_comes_back_with_its_traceback() -> None:
+    calls = [0]
+
+    def refusing(output: Any, target: Any) -> Any:
+        calls[0] += threading.current_thread() is not threading.main_thread()
+        if calls[0] > 3:
+            raise Refused("no more" + 10_000 * "!")  # more than Legate itself would carry
+        return output - target
+
+    with pytest.raises(Refused, match="no more") as caught:
+        fit(net(), curve(), residual=refusing, linalg="legate")
+    assert "refusing" in [entry.name for entry in caught.traceback]
+    assert fit(net(), curve(), linalg="legate", max_steps=3).cost > 0
+
+
+@pytest.mark.legate
+def test_a_nan_in_one_shard_rejects_the_step() -> None:
+    x, y = curve()
+    count = [0]
+    lock = threading.Lock()
+
+    def troubled(output: Any, target: Any) -> Any:
+        r = output - target
+        if threading.current_thread() is threading.main_thread() or target[-1] != y[-1]:
+            return r
+        with lock:
+            count[0] += 1
+        # The start, its linearisation with the curvature, then the first trial.
+        return r * float("nan") if 4 <= count[0] < 8 else r
+
+    result = fit(net(), (x, y), residual=troubled, linalg="legate", max_steps=12)
+    accepted = result.history["accepted"]
+    assert False in accepted and accepted[-1]
+    assert np.isfinite(result.cost) and result.cost < result.history["cost"][0]
+
+
+@pytest.mark.legate
+def test_running_out_of_memory_in_a_task_halves_the_blocks() -> None:
+    x, y = cloud(64, 2)
+
+    def greedy(output: Any, target: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread() and output.shape[0] > 8:
+            raise torch.OutOfMemoryError("out of memory")
+        return output - target
+
+    found = fit(net(4, 3, 2), (x, y), residual=greedy, linalg="legate", max_steps=4)
+    expected = fit(net(4, 3, 2), (x, y), max_steps=4)
+    assert found.cost == pytest.approx(expected.cost, rel=1e-9)
+
+
+@pytest.mark.legate
+def test_a_matrix_larger_than_legates_memory_is_an_error_that_names_the_option() -> None:
+    looked_at = session(net(), curve())
+    with pytest.raises(MemoryError, match="--sysmem"):
+        looked_at.cluster.require(10**15, "The sums of J'J")
+
+
+@pytest.mark.legate
+def test_a_model_that_cannot_be_copied_is_refused_with_the_remedy() -> None:
+    model = net()
+    model.lock = threading.Lock()
+    with pytest.raises(TypeError, match=r"copy\.deepcopy.*linalg='torch'"):
+        fit(model, curve(), linalg="legate")
+
+
+@pytest.mark.legate
+def test_no_rows_of_the_jacobian_reach_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lmsolve.legate import _tasks
+
+    m, model = 4001, net()
+    n = sum(p.numel() for p in model.parameters())
+    read, sizes = _tasks.read, []
+
+    def counted(store: Any) -> Any:
+        values = read(store)
+        sizes.append(values.nbytes)
+        return values
+
+    monkeypatch.setattr(_tasks, "read", counted)
+    result = fit(model, curve(m), linalg="legate", max_steps=5)
+    status = 2 * _tasks.STATUS * 8
+    sums, vector = 2 * (n * n + n) * 8, 2 * n * 8  # a row from each shard
+    assert set(sizes) == {status, sums, vector}
+    assert sizes.count(sums) == result.njev
+    assert sum(sizes) < m * 8  # less than the residuals once, let alone J
+
+
+@pytest.mark.legate
+def test_no_garbage_is_collected_in_a_tasks_thread() -> None:
+    class Cycle:
+        def __init__(self, store: Any) -> None:
+            self.me, self.store = self, store
+
+    def littering(output: Any, target: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            assert not gc.isenabled()
+            [[] for _ in range(5000)]  # enough for a collection of the youngest
+        return output - target
+
+    from legate.core import get_legate_runtime, types
+
+    looked_at = session(net(), curve(), residual=littering)
+    Cycle(get_legate_runtime().create_store(types.float64, (8,)))  # to free it there would abort
+    looked_at.problem.residual(looked_at.x)
+    assert gc.isenabled()
+
+
+# --- ranks ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    done = launch(str(ROOT / "tests" / "ranks" / "networks.py"), str(folder))
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("check", ["tall", "wide", "dropped"])
+def test_two_ranks_end_with_the_same_bits(found: list[dict[str, Any]], check: str) -> None:
+    assert found[0]["ranks"] == 2
+    assert found[0][check] == found[1][check]
+
+
+@pytest.mark.ranks
+def test_two_ranks_train_as_one_process_does(found: list[dict[str, Any]]) -> None:
+    tall = fit(net(3), curve(), max_steps=3)
+    assert found[0]["tall"]["cost"] == pytest.approx(tall.cost, rel=1e-9)
+    wide = fit(net(40, 3, 2), cloud(), max_steps=2)
+    assert found[0]["wide"]["cost"] == pytest.approx(wide.cost, rel=1e-9)
+
+
+@pytest.mark.ranks
+def test_trouble_of_one_rank_is_that_of_both(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        assert rank["exception_of_one_rank"] == "the last shard"
+        assert rank["nan_of_one_rank"] is False  # not finite
+        assert "different data" in rank["data_that_differ"]
+        assert "different parameters" in rank["parameters_that_differ"]
