@@ -26,7 +26,7 @@ References: J. Nocedal, S. Wright, "Numerical Optimization" (2006), section 10.3
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -117,7 +117,7 @@ class NormalEquations:
         self._rows = rows
         self._d: Array | None = None
         self._scaled: Array | None = None
-        self._factor: Cholesky | None = None
+        self._factor: Any = None  # a Cholesky, or what a subclass makes of one
         self._refined: Factored | None = None
 
     def solve(self, mu: float, d: Array, start: Array | None = None) -> Array:
@@ -129,7 +129,7 @@ class NormalEquations:
             self._d, self._scaled = d, _held_diagonal(xp, self.gram, d)
         A = _linalg.add_diagonal(xp, self._scaled, mu) if mu else self._scaled
         try:
-            self._factor = Cholesky(xp, A, overwrite=mu != 0)
+            self._factor = self._cholesky(A, mu != 0)
         except LinAlgError:
             return self._refine().solve(mu, d, start)
         if self._factor.pivot < ESCALATE and self._rows is not None:
@@ -156,6 +156,10 @@ class NormalEquations:
     def rank(self) -> int | None:
         """Numerical rank of J d, where the last solve knows it."""
         return None if self._refined is None else self._refined.rank()
+
+    def _cholesky(self, A: Array, overwrite: bool) -> Any:
+        """Factor of the damped matrix."""
+        return Cholesky(self._xp, A, overwrite=overwrite)
 
     def _refine(self) -> Factored:
         """The QR form, if the rows are there to form it."""

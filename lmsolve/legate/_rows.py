@@ -29,6 +29,7 @@ from lmsolve._xp import Array, Namespace, array_namespace, is_cupynumeric
 
 from . import _memory
 from ._blocks import Function, NumpyBlocks, TorchBlocks
+from ._cholesky import LegateNormalEquations
 from ._start import start
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ class RowProblem:
         sums = table.total().astype(x.dtype, copy=False)
         gram, grad = sums[: n * n].reshape(n, n), sums[n * n :]
         rows = ReducedRows(self, layout, np.array(x))
-        return NormalEquations(np, gram, grad, cast(Rows, rows))
+        return LegateNormalEquations(np, gram, grad, cast(Rows, rows))
 
     def triangle(self, layout: Layout, x: np.ndarray) -> np.ndarray:
         """Triangular factor (n + 1, n + 1) of ``[J, r]`` at x (n,): one launch, one read."""
