@@ -63,9 +63,11 @@ class Loss(NamedTuple):
     f_scale: float | Array = 1.0
 
     def cost(self, xp: Namespace, r: Array) -> Array:
-        """0-d ``0.5 * sum(C**2 rho((r / C)**2))``."""
+        """0-d ``0.5 * sum(C**2 rho((r / C)**2))``; NaN where a residual is not finite."""
         C = self.f_scale
-        return 0.5 * total(xp, C**2 * self.rho(xp, (r / C) ** 2)[0])
+        cost = 0.5 * total(xp, C**2 * self.rho(xp, (r / C) ** 2)[0])
+        # A bounded loss is finite at infinity, where nothing is known: 0 * inf is NaN.
+        return cost + 0.0 * xp.max(xp.abs(r))
 
     def weights(self, xp: Namespace, r: Array) -> tuple[Array, Array]:
         """Factors (m,) of the rows of J, and the residuals (m,) that go with them."""

@@ -71,6 +71,23 @@ class TestNonFiniteTrials:
         assert not any(i.accepted for i in result.history if i.nfev in (2, 4, 5))
 
     @pytest.mark.parametrize("value", [np.nan, np.inf])
+    def test_bounded_loss_does_not_hide_them(self, value):
+        """arctan is finite at infinity, and no larger than at this start far from the data."""
+        A, b = 1e12 * np.array([[1.0, -1e-9], [5.0, 1e-9]]), 1e12 * np.array([-0.1, -0.5])
+        calls = 0
+
+        def fun(x):
+            nonlocal calls
+            calls += 1
+            return np.full(2, value) if calls == 2 else A @ x - b
+
+        result = least_squares(
+            fun, [0.0, 0.0], lambda x: A, loss="arctan", f_scale=0.1, max_nfev=2
+        )  # fmt: skip
+        assert np.isfinite(result.fun).all()
+        np.testing.assert_array_equal(result.fun, A @ result.x - b)
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf])
     def test_every_trial_spoiled_ends_at_the_start(self, route, value):
         fun = spoiled(value, lambda calls: calls > 1)
         result = least_squares(fun, [1.0, 1.0], decay_jac, **route)
