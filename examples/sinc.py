@@ -107,7 +107,7 @@ def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def best(trace: Trace) -> float:
-    return min(value for _, value in trace)
+    return min((value for _, value in trace), default=math.inf)
 
 
 def draw(traces: dict[str, list[Trace]], path: Path) -> None:

@@ -230,6 +230,16 @@ def test_dtype_computes_in_float64_for_a_float32_model() -> None:
     assert torch.equal(values(model), result.x.float())
 
 
+def test_acceleration_can_be_left_out() -> None:
+    x, y = curve()
+    bent, straight = (
+        fit(net(), (x, y), acceleration=on, max_steps=60, gtol=0, ftol=0, xtol=0)
+        for on in (True, False)
+    )
+    assert straight.nfev <= 61 < bent.nfev
+    assert bent.cost < straight.cost < 1e-2
+
+
 def test_weight_decay_adds_its_quadratic() -> None:
     x, y = curve()
     result = fit(net(), (x, y), weight_decay=0.1, max_steps=300)

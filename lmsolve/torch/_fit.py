@@ -64,6 +64,7 @@ def fit(
     memory: int | None = None,
     dtype: torch.dtype | None = None,
     linalg: str = "torch",
+    acceleration: bool = True,
     seed: int = 0,
     progress: bool | None = None,
 ) -> OptimizeResult:
@@ -123,6 +124,9 @@ def fit(
         Where rows of the Jacobian are computed and added up: in this process, or in Legate's
         tasks, each on the processor (or GPU) of its shard of the samples, on every rank. Every
         rank calls this with the same model and data.
+    acceleration : bool, default True
+        Bend steps along the curvature of the residuals, at one more evaluation a trial and far
+        fewer trials. Losses other than 'mse' have no use for it.
     seed : int, default 0
         Of the order of samples and of dropout masks.
     progress : bool, optional
@@ -153,7 +157,7 @@ def fit(
     True
     """
     _check_limits(max_steps, max_seconds, {"ftol": ftol, "xtol": xtol, "gtol": gtol})
-    options = Options(residual, loss, weight_decay, memory, dtype, linalg, seed)
+    options = Options(residual, loss, weight_decay, memory, dtype, linalg, seed, acceleration)
     session = Session(model, options, Descent(ftol, xtol, gtol))
     samples = Samples(data, weights, batch_size, session.network.parameters, seed)
     run = _Run(session, samples, grow_batches)

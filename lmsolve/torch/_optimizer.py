@@ -52,6 +52,9 @@ class LM:
         Compute the model in this dtype instead of its own.
     linalg : {'torch', 'legate'}, default 'torch'
         Where rows of the Jacobian are computed and added up; see `fit`.
+    acceleration : bool, default True
+        Bend steps along the curvature of the residuals, at one more evaluation a trial and far
+        fewer trials. Losses other than 'mse' have no use for it.
     seed : int, default 0
         Of dropout masks.
 
@@ -80,11 +83,12 @@ class LM:
         memory: int | None = None,
         dtype: torch.dtype | None = None,
         linalg: str = "torch",
+        acceleration: bool = True,
         seed: int = 0,
     ) -> None:
         if attempts < 1:
             raise ValueError(f"`attempts` must be at least 1, got {attempts}.")
-        options = Options(residual, loss, weight_decay, memory, dtype, linalg, seed)
+        options = Options(residual, loss, weight_decay, memory, dtype, linalg, seed, acceleration)
         self._session = Session(model, options, Descent())
         self._attempts = attempts
         self._steps = 0

@@ -66,6 +66,7 @@ class Settings:
     decay: float = 0.0  # 1/2 decay |x|^2 joins the cost
     memory: int = 1 << 30  # bytes
     seed: int | None = None  # of dropout masks; None leaves torch's own stream alone
+    acceleration: bool = True  # bend steps along the residuals' curvature
 
 
 def block_sums(
@@ -282,7 +283,7 @@ class NetworkProblem:
         The rows of a loss are linear in the outputs by construction: they have no second
         derivative to speak of.
         """
-        if not self.network.objective.exact:
+        if not (self.settings.acceleration and self.network.objective.exact):
             return None
 
         def bend(p: Tensor, Jp: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ class Options:
     dtype: torch.dtype | None = None
     linalg: str = "torch"
     seed: int = 0
+    acceleration: bool = True
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,8 @@ class Session:
 
     def _settings(self, batch: Batch, seed: int | None) -> Settings:
         scale = 1.0 if self.network.objective.name == "residual" else 1.0 / batch.size
-        return Settings(scale, self.options.weight_decay, self.memory, seed)
+        options = self.options
+        return Settings(scale, options.weight_decay, self.memory, seed, options.acceleration)
 
     def _point(self, batch: Batch, seed: int | None) -> Point:
         settings = self._settings(batch, seed)

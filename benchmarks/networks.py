@@ -1,0 +1,277 @@
+"""Networks: one step, and the time to a ladder of losses, beside torch-levenberg-marquardt,
+Adam and L-BFGS.
+
+    python benchmarks/networks.py               # three tables, and results/networks.json
+    python benchmarks/networks.py --smoke       # small sizes, nothing written
+    python benchmarks/networks.py --only steps
+
+Every contender runs in a process of its own, so that its peak memory is its own: the growth of the
+process's resident set over what it was when model and data were there. Times are wall and
+processor seconds; on a busy machine only the latter compare. A step is an accepted one, rejected
+trials included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+
+import torch  # noqa: E402  (after the path, so that a checkout needs no installation)
+from torch import Tensor, nn  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "networks.json"
+PEER = "torch_levenberg_marquardt"
+SHAPES = {"20000 x 61": (20_000, 1, 20), "2000 x 5000": (2_000, 20, 227)}
+SMOKE_SHAPES = {"2000 x 61": (2_000, 1, 20), "200 x 661": (200, 20, 30)}
+OURS = ("ours", "ours, unaccelerated")
+LADDER = [10.0**-k for k in range(3, 11)]
+
+
+def problem(samples: int, inputs: int, width: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """A tanh network of one hidden layer and smooth targets, in float64."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(inputs, width), nn.Tanh(), nn.Linear(width, 1)).double()
+    if inputs == 1:
+        x = torch.linspace(-1, 1, samples, dtype=torch.float64)[:, None]
+        return model, x, torch.sinc(10 * x)
+    x = torch.randn(samples, inputs, dtype=torch.float64)
+    return model, x, torch.sin(x.sum(1, keepdim=True))
+
+
+def peer_trainer(model: nn.Module) -> Any:
+    """torch-levenberg-marquardt with its defaults."""
+    from torch_levenberg_marquardt.loss import MSELoss
+    from torch_levenberg_marquardt.training import LevenbergMarquardtModule
+
+    return LevenbergMarquardtModule(model, MSELoss())
+
+
+def stepper(contender: str, model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], object]:
+    """One accepted step on the full batch."""
+    if contender == PEER:
+        trainer = peer_trainer(model)
+        return lambda: trainer.training_step(x, y)
+    from lmsolve.torch._data import make_batch
+    from lmsolve.torch._descent import Descent
+    from lmsolve.torch._session import Options, Session
+
+    bent = contender != "ours, unaccelerated"
+    session = Session(model, Options(loss="mse", acceleration=bent), Descent())
+    session.place(make_batch(x, y, None, session.network.parameters), 0)
+
+    def step() -> None:
+        while not session.trial().accepted:
+            pass
+
+    return step
+
+
+def measure_steps(contender: str, shape: tuple[int, int, int], repeats: int) -> dict[str, float]:
+    model, x, y = problem(*shape)
+    with torch.no_grad():
+        model(x)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step = stepper(contender, model, x, y)
+    step()
+    wall, processor = [], []
+    for _ in range(repeats):
+        a, b = time.perf_counter(), time.process_time()
+        step()
+        wall.append(time.perf_counter() - a)
+        processor.append(time.process_time() - b)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "wall": statistics.median(wall),
+        "processor": statistics.median(processor),
+        "slowest": max(wall),
+        "peak_mib": (after - before) / 1024,
+    }
+
+
+def peer_run(model: nn.Module, x: Tensor, y: Tensor, seconds: float, batch: int | None) -> Any:
+    """Its trainer on the full batch or on shuffled mini-batches; loss of all data over time."""
+    import sinc
+
+    trainer = peer_trainer(model)
+    trace, start, away = [], time.perf_counter(), 0.0
+    while time.perf_counter() - start - away < seconds:
+        for rows in torch.randperm(len(x)).split(batch or len(x)):
+            trainer.training_step(x[rows], y[rows])
+        now = time.perf_counter()
+        trace.append((now - start - away, sinc.loss_of(model, x, y)))
+        away += time.perf_counter() - now
+    return trace
+
+
+def measure_ladder(contender: str, seconds: float, seed: int, points: int) -> dict[str, Any]:
+    """Seconds to each rung of mean squared errors of sinc(10 x), and the last error."""
+    import sinc
+
+    x, y = sinc.make_data(points)
+    model = sinc.make_model(seed, 20)
+    batch = 1000 if contender.endswith("1000") else None
+    if contender.startswith("ours"):
+        trace = sinc.run_lm(model, x, y, seconds, batch, LADDER[-1])
+    elif contender.startswith(PEER):
+        trace = peer_run(model, x, y, seconds, batch)
+    else:
+        trace = (sinc.run_adam if contender == "Adam" else sinc.run_lbfgs)(model, x, y, seconds)
+    reached = [next((t for t, value in trace if value <= rung), None) for rung in LADDER]
+    return {"reached": reached, "best": sinc.best(trace)}
+
+
+def features() -> dict[str, tuple[nn.Module, Any, Tensor]]:
+    """Models and data that need more than samples that do not see each other."""
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.out = nn.LSTM(1, 4, batch_first=True), nn.Linear(4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.lstm(x)[0][:, -1])  # type: ignore[no-any-return]
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(2, 4), nn.Linear(4, 1)
+
+        def forward(self, x: Tensor, z: Tensor) -> Tensor:
+            return self.b(torch.tanh(self.a(torch.cat([x, z], 1))))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    x = torch.randn(64, 1)
+    norm = nn.Sequential(nn.Linear(1, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 1))
+    return {
+        "BatchNorm in training": (norm, x, x**2),
+        "LSTM": (Recurrent(), x[:, None].repeat(1, 5, 1), x**2),
+        "tuple of inputs": (Two(), (x, x.flip(0)), x**2),
+    }
+
+
+def measure_feature(contender: str, name: str) -> dict[str, Any]:
+    """Losses before and after ten steps, or what was raised."""
+    model, x, y = features()[name]
+    losses = []
+    try:
+        if contender == PEER:
+            trainer = peer_trainer(model)
+            losses = [float(trainer.training_step(x, y)[1]) for _ in range(10)]
+        else:
+            import lmsolve.torch
+
+            optimizer = lmsolve.torch.LM(model, loss="mse")
+            losses = [optimizer.step(x, y).loss for _ in range(10)]
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"}
+    return {"first": losses[0], "last": losses[-1]}
+
+
+def in_process(*task: Any) -> Any:
+    """Result of one measurement in a fresh interpreter."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", __file__, "--task", json.dumps(task)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def report_steps(peers: list[str], smoke: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    print(f"\n{'one accepted step':16s}{'':28s}{'wall':>10s}{'processor':>12s}{'peak':>10s}")
+    for name, shape in (SMOKE_SHAPES if smoke else SHAPES).items():
+        rows = {c: in_process("steps", c, shape, 3 if smoke else 15) for c in [*OURS, *peers]}
+        for contender, row in rows.items():
+            ratio = row["processor"] / rows["ours"]["processor"]
+            print(
+                f"{name:16s}{contender:28s}{1e3 * row['wall']:7.1f} ms"
+                f"{1e3 * row['processor']:9.1f} ms{row['peak_mib']:6.0f} MiB  {ratio:.1f} x"
+            )
+        found[name] = rows
+    return found
+
+
+def report_ladder(peers: list[str], smoke: bool, seconds: float, seeds: int) -> dict[str, Any]:
+    points = 2000 if smoke else 20_000
+    contenders = ["ours", "ours, batches of 1000"]
+    contenders += [name for p in peers for name in (p, f"{p}, batches of 1000")]
+    contenders += ["Adam", "L-BFGS"]
+    print(f"\nsinc(10 x), {points} points: median seconds to a mean squared error of")
+    print(f"{'':40s}" + "".join(f"{rung:>8.0e}" for rung in LADDER) + "   best of each seed")
+    found = {}
+    for contender in contenders:
+        runs = [in_process("ladder", contender, seconds, s, points) for s in range(seeds)]
+        cells = []
+        for i in range(len(LADDER)):
+            times = [run["reached"][i] for run in runs]
+            reached = [t for t in times if t is not None]
+            enough = len(reached) > len(runs) / 2
+            cells.append(f"{statistics.median(reached):8.2f}" if enough else f"{'-':>8s}")
+        bests = " ".join(f"{run['best']:.0e}" for run in runs)
+        print(f"{contender:40s}{''.join(cells)}   {bests}", flush=True)
+        found[contender] = runs
+    return found
+
+
+def report_features(peers: list[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    print("\nten steps on 64 samples")
+    for name in features():
+        for contender in ["ours", *peers]:
+            row = in_process("feature", contender, name)
+            text = row.get("error") or f"loss {row['first']:.1e} to {row['last']:.1e}"
+            print(f"{name:24s}{contender:28s}{text}")
+            found[f"{name}, {contender}"] = row
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--only", choices=("steps", "ladder", "features"))
+    parser.add_argument("--seconds", type=float, default=30.0, help="a run of the ladder")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--task", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.task:
+        kind, *rest = json.loads(args.task)
+        measure = {"steps": measure_steps, "ladder": measure_ladder, "feature": measure_feature}
+        print(json.dumps(measure[kind](*rest)))
+        return
+    peers = [PEER] if find_spec(PEER) else []
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    print(f"{versions}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
+    if not peers:
+        print(f"{PEER} is not installed and is left out (make bench-env)")
+    seconds, seeds = (2.0, 1) if args.smoke else (args.seconds, args.seeds)
+    found: dict[str, Any] = {"versions": versions, "load": os.getloadavg()}
+    if args.only in (None, "steps"):
+        found["steps"] = report_steps(peers, args.smoke)
+    if args.only in (None, "ladder"):
+        found["ladder"] = report_ladder(peers, args.smoke, seconds, seeds)
+    if args.only in (None, "features"):
+        found["features"] = report_features(peers)
+    if not args.smoke:
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        print(f"wrote {RESULTS}")
+
+
+if __name__ == "__main__":
+    main()
