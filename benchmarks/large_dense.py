@@ -55,8 +55,9 @@ class Tanh:
         self.A = rng.standard_normal((m, n))
         self.y = np.tanh(self.A @ rng.normal(0, 1 / np.sqrt(n), n))
         self.y += 0.01 * rng.standard_normal(m)
-        self.J = np.zeros((m, n), order=order)
-        self.r, self.slope = np.zeros(m), np.zeros(m)
+        # Ones, not zeros: pages of zeros take no memory before they are written to.
+        self.J = np.ones((m, n), order=order)
+        self.r, self.slope = np.ones(m), np.ones(m)
         self.x0 = np.zeros(n)
 
     def fun(self, x: np.ndarray) -> np.ndarray:

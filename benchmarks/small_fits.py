@@ -5,7 +5,8 @@
     python benchmarks/small_fits.py --seconds 20
 
 All solvers fit the same data from the same start with their own default tolerances, and take
-turns. Times are medians of warm fits in one process; "to lm" is the ratio to
+turns; 10 ms of fits in a row make one sample. Times are medians in one process, in processor time,
+so that what else the machine does stays out (--clock wall for wall time). "to lm" is the ratio to
 `scipy.optimize.least_squares(method='lm')`, "to curve_fit" that to SciPy's `curve_fit`, as the
 median over the rounds of the ratio within a round. Calls are counted by wrappers, those for finite
 differences included. "excess" is the relative distance of the cost from the lowest one found; a
@@ -23,11 +24,23 @@ from typing import Any
 
 import numpy as np
 import scipy.optimize
-from _common import CLOCKS, RESULTS, Clock, Counter, footer, quartiles, save, table, take_turns
+from _common import (
+    CLOCKS,
+    RESULTS,
+    Clock,
+    Counter,
+    footer,
+    quartiles,
+    save,
+    seconds_of,
+    table,
+    take_turns,
+)
 
 import lmsolve
 
 EQUAL = 1e-6
+SAMPLE = 0.01  # seconds of fits, one after the other, that one timing is made of
 REFERENCE, CURVE_FIT = "scipy least_squares lm", "scipy curve_fit"
 
 
@@ -221,14 +234,17 @@ def _lmfit(curve: Curve) -> Solve:
 
 def measure(curve: Curve, exact: bool, budget: float, least: int, clock: Clock) -> list[Timing]:
     jac = curve.jac if exact else None
-    runs, counted = {}, {}
+    runs, counted, fits = {}, {}, {}
     for name, solve in solvers(curve).items():
         model, counted_jac = Counter(curve.model), Counter(curve.jac)
         p = solve(model, counted_jac if exact else None)
         cost = 0.5 * float(np.sum((curve.model(curve.t, *p) - curve.y) ** 2))
         counted[name] = (cost, model.calls, counted_jac.calls)
-        runs[name] = lambda solve=solve: solve(curve.model, jac)
+        once = seconds_of(lambda solve=solve: solve(curve.model, jac))
+        fits[name] = k = max(1, round(SAMPLE / once))
+        runs[name] = lambda solve=solve, k=k: [solve(curve.model, jac) for _ in range(k)]
     seconds = take_turns(runs, budget, least, clock=clock)
+    seconds = {name: [s / fits[name] for s in of] for name, of in seconds.items()}
     kind = "exact" if exact else "2-point"
     return [Timing(curve.name, kind, name, seconds[name], *counted[name]) for name in runs]
 
