@@ -47,9 +47,13 @@ class NumpyBlocks:
         """Rows of host data where the task computes."""
         return np.asarray(block)
 
-    def sums(self, store: Any) -> HostSums:
-        """The sums J'J and J'r in a store's memory."""
-        return HostSums(np.asarray(store))
+    def sums(self, row: Any, stream: int | None = None) -> HostSums:
+        """The sums J'J and J'r in a row (1, n^2 + n), an array or a store."""
+        return HostSums(np.asarray(row))
+
+    def write(self, row: Any, R: Array) -> None:
+        """Put a factor (k, n + 1) into a row (1, (n + 1)^2), with rows of zeros below."""
+        _write(np.asarray(row), R)
 
     def functions(self, functions: Functions) -> Functions:
         """The user's functions for this thread."""
@@ -107,12 +111,25 @@ class TorchBlocks:
             block = torch.from_numpy(block if block.flags.writeable else block.copy())
         return block.to(_device(stream))
 
-    def sums(self, store: Any) -> HostSums | DeviceSums:
-        """The sums J'J and J'r in a store's memory."""
+    def sums(self, row: Any, stream: int | None = None) -> HostSums | DeviceSums:
+        """The sums J'J and J'r in a row (1, n^2 + n), an array or a store."""
+        if stream is None:
+            return HostSums(np.asarray(row))
         import torch
 
-        view = torch.utils.dlpack.from_dlpack(store)
-        return DeviceSums(view) if view.is_cuda else HostSums(view.numpy())
+        if isinstance(row, np.ndarray):
+            device = torch.zeros(row.shape, dtype=torch.float64, device="cuda")
+            return DeviceSums(device, torch.from_numpy(row))
+        return DeviceSums(torch.utils.dlpack.from_dlpack(row).zero_())
+
+    def write(self, row: Any, R: Array) -> None:
+        """Put a factor (k, n + 1) into a row (1, (n + 1)^2), with rows of zeros below."""
+        if isinstance(row, np.ndarray) or not R.is_cuda:
+            _write(np.asarray(row), R.cpu().numpy())
+            return
+        import torch
+
+        _write(torch.utils.dlpack.from_dlpack(row), R)
 
     def functions(self, functions: Functions) -> Functions:
         """The user's functions for this thread: deep copies, made once."""
@@ -177,11 +194,11 @@ class HostSums:
 
 
 class DeviceSums:
-    """J'J and J'r of a shard in a GPU's memory, added up in a row (1, n^2 + n) of a table."""
+    """J'J and J'r of a shard in a GPU's memory, in a row (1, n^2 + n) of zeros."""
 
-    def __init__(self, row: Any) -> None:
-        row.zero_()
+    def __init__(self, row: Any, host: Any = None) -> None:
         n = (math.isqrt(4 * row.numel() + 1) - 1) // 2
+        self._row, self._host = row, host
         self._gram = row[0, : n * n].reshape(n, n)
         self._grad = row[0, n * n :]
 
@@ -192,4 +209,14 @@ class DeviceSums:
         self._grad.addmv_(J.T, r.to(J.dtype))
 
     def finish(self) -> None:
-        """Nothing is left to do."""
+        """Bring the sums to the host, where they are wanted there."""
+        if self._host is not None:
+            self._host.copy_(self._row)
+
+
+def _write(row: Array, R: Array) -> None:
+    """Fill a row (1, (n + 1)^2) with R (k, n + 1) and zeros."""
+    n1 = R.shape[1]
+    out = row.reshape(n1, n1)
+    out[...] = 0.0
+    out[: R.shape[0]] = R

@@ -145,7 +145,7 @@ class RowProblem:
         self.nfev = self.njev = 0
         self._functions = functions
         self._tasks = _tasks
-        self._sums: _tasks.Table | None = None
+        self._tables: dict[int, _tasks.Table] = {}
         self.place(m, data)
 
     def place(self, m: int, data: tuple[Array, ...]) -> None:
@@ -167,21 +167,18 @@ class RowProblem:
         """The sums of J at x (n,): one launch, one read of n^2 + n numbers."""
         self.njev += 1
         n, layout = self.n, self._layout
-        table = self._table(layout)
-        self._launch(_SumsJob(self._functions, layout, x), x, (table.rows,))
-        sums = table.total().astype(x.dtype, copy=False)
+        place = self._place(layout, n * (n + 1), "The sums J'J")
+        self._launch(_SumsJob(self._functions, layout, x, place), x, place.outputs)
+        sums = place.total().astype(x.dtype, copy=False)
         gram, grad = sums[: n * n].reshape(n, n), sums[n * n :]
         rows = ReducedRows(self, layout, np.array(x))
         return LegateNormalEquations(np, gram, grad, cast(Rows, rows))
 
     def triangle(self, layout: Layout, x: np.ndarray) -> np.ndarray:
         """Triangular factor (n + 1, n + 1) of ``[J, r]`` at x (n,): one launch, one read."""
-        size = (self.n + 1) ** 2
-        need = 8 * size * layout.shards + layout.resident
-        _memory.require(need, layout.option, "The triangular factors of the shards and the data")
-        table = self._tasks.Table(layout.shards, size, layout.target)
-        self._launch(_TriangleJob(self._functions, layout, x), x, (table.rows,))
-        stacked = table.read().reshape(layout.shards * (self.n + 1), self.n + 1)
+        place = self._place(layout, (self.n + 1) ** 2, "The triangular factors")
+        self._launch(_TriangleJob(self._functions, layout, x, place), x, place.outputs)
+        stacked = place.read().reshape(layout.shards * (self.n + 1), self.n + 1)
         factor: np.ndarray = np.linalg.qr(stacked, mode="r")  # type: ignore[assignment]
         return factor.astype(x.dtype, copy=False)
 
@@ -195,15 +192,17 @@ class RowProblem:
             )
         return status
 
-    def _table(self, layout: Layout) -> _tasks.Table:
-        """The table of J'J and J'r, a row per shard; kept while the shards are as many."""
-        table = self._sums
+    def _place(self, layout: Layout, size: int, what: str) -> _tasks.Table | _tasks.HostRows:
+        """Where the shards write ``size`` numbers each; MemoryError if there is no room."""
+        if layout.ranks == 1:
+            _memory.require_host(8 * size * layout.shards, what)
+            return self._tasks.HostRows(layout.shards, size)
+        table = self._tables.get(size)
         if table is None or table.shards != layout.shards:
-            size = self.n * (self.n + 1)
-            # The rows of this process, and the columns that it adds up.
-            copies = 1 if layout.shards == 1 else layout.local + 3
-            _memory.require(8 * size * copies + layout.resident, layout.option, "J'J and the data")
-            self._sums = table = self._tasks.Table(layout.shards, size, layout.target)
+            # The rows of this rank, the columns that it adds up, their total, and that of all.
+            need = 8 * size * (2 * layout.local + 2)
+            _memory.require(need + layout.resident, layout.option, f"{what} and the data")
+            self._tables[size] = table = self._tasks.Table(layout.shards, size, layout.target)
         return table
 
 
@@ -262,11 +261,12 @@ class Layout:
             raise RuntimeError(
                 "Legate has no CPU processor for NumPy functions: start with --cpus 1 or more."
             )
-        ranks = get_legate_runtime().node_count
+        self.ranks = ranks = int(get_legate_runtime().node_count)
         self.option = "fbmem" if self.target == TaskTarget.GPU else "sysmem"
         if ranks == 1:
-            # Fewer shards where the sums (bytes of one) of all would not fit the pool.
-            count = max(1, min(count, _memory.fitting(sums, self.option) - 3))
+            # Fewer shards where the sums (bytes of one) of all would not fit beside what the
+            # solver makes of them, three matrices as large.
+            count = max(1, min(count, _memory.fitting_host(sums) - 3))
         self.tile = -(-m // count)
         self.shards = -(-m // self.tile)
         self.local = -(-self.shards // ranks)
@@ -339,8 +339,10 @@ class BlockFunctions:
 class _RowJob:
     """What a task does with its shard, at one x."""
 
-    def __init__(self, functions: BlockFunctions, layout: Layout, x: np.ndarray) -> None:
-        self._functions, self.layout, self._x = functions, layout, x
+    def __init__(
+        self, functions: BlockFunctions, layout: Layout, x: np.ndarray, place: Any = None
+    ) -> None:
+        self._functions, self.layout, self._x, self.place = functions, layout, x, place
 
     def __call__(self, shard: _tasks.Shard) -> tuple[float, float, float]:
         """The shard's part of the cost, and a checksum of the parameters it used."""
@@ -390,7 +392,7 @@ class _SumsJob(_RowJob):
     """J'J and J'r of a shard."""
 
     def _evaluate(self, x: Array, shard: _tasks.Shard) -> float:
-        sums = self._functions.blocks.sums(shard.outputs[0])
+        sums = self._functions.blocks.sums(self.place.row(shard), shard.stream)
         for block, b in self._blocks(shard):
             r, J = self._functions.linear(x, block, b)
             sums.add(J, r)
@@ -402,15 +404,13 @@ class _TriangleJob(_RowJob):
     """The triangular factor of a shard's rows, with rows of zeros below if it has few."""
 
     def _evaluate(self, x: Array, shard: _tasks.Shard) -> float:
-        blocks, n = self._functions.blocks, self._functions.n
+        blocks = self._functions.blocks
         R = None
         for block, b in self._blocks(shard):
             r, J = self._functions.linear(x, block, b)
             R = blocks.triangle(R, J, r)
         assert R is not None
-        out = blocks.resident(shard.outputs[0]).reshape(n + 1, n + 1)
-        out[...] = 0.0
-        out[: R.shape[0]] = R
+        blocks.write(self.place.row(shard), R)
         return 0.0
 
 

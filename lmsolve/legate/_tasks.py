@@ -128,6 +128,15 @@ class Table:
         """The rows, as an output of `launch`."""
         return self._store.partition_by_tiling((1, self.size))
 
+    @property
+    def outputs(self) -> tuple[LogicalStorePartition, ...]:
+        """What a job that writes into `row` is to be launched with."""
+        return (self.rows,)
+
+    def row(self, shard: Shard) -> Any:
+        """Where a shard writes its row (1, size)."""
+        return shard.outputs[0]
+
     def read(self) -> np.ndarray:
         """A host copy (shards, size), equal on every rank."""
         return read(self._store)
@@ -145,6 +154,33 @@ class Table:
             (self._total.partition_by_tiling((tile,)),),
         )
         return read(self._total)
+
+
+class HostRows:
+    """The same on a single rank, in the memory of the process instead of Legate's pool.
+
+    Legate would keep a second copy of a table that is read, and could not tell that it has no room.
+    """
+
+    outputs: tuple[LogicalStorePartition, ...] = ()
+
+    def __init__(self, shards: int, size: int) -> None:
+        self._rows = [np.empty((1, size)) for _ in range(shards)]
+
+    def row(self, shard: Shard) -> np.ndarray:
+        """Where a shard writes its row (1, size)."""
+        return self._rows[shard.index]
+
+    def read(self) -> np.ndarray:
+        """The rows (shards, size)."""
+        return np.concatenate(self._rows)
+
+    def total(self) -> np.ndarray:
+        """The sum over the shards (size,), in the first row."""
+        first, *others = self._rows
+        for row in others:
+            first += row
+        return first[0]
 
 
 def _sum_columns(shard: Shard) -> Sequence[float]:
@@ -249,7 +285,7 @@ def _encode(failure: Exception) -> bytes:
     # str() of a KeyError is the repr of its message.
     message = failure.args[0] if failure.args and isinstance(failure.args[0], str) else str(failure)
     trace = "".join(traceback.format_exception(failure))
-    for keep in (TEXT // 2, TEXT // 8, 0):
+    for keep in (TEXT // 2, TEXT // 8, TEXT // 16):
         # The end of a traceback is what one reads first.
         fields = [kind.__module__, kind.__qualname__, message[:keep], trace[len(trace) - keep :]]
         text = json.dumps(fields).encode()
