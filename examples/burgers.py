@@ -1,6 +1,6 @@
 """The Burgers equation as a physics-informed network, trained by Levenberg-Marquardt.
 
-    python examples/burgers.py [--smoke] [--seconds 600] [--goal 1e-5] [--out out]
+    python examples/burgers.py [--smoke] [--seconds 600] [--goal 5e-5] [--out out]
 
     u_t + u u_x = (0.01 / pi) u_xx  on -1 < x < 1, 0 < t < 1,   u(x, 0) = -sin(pi x),  u(+-1, t) = 0
 
@@ -199,7 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="600 points, 60 steps")
     parser.add_argument("--seconds", type=float, default=600.0)
-    parser.add_argument("--goal", type=float, default=1e-5, help="error to stop at")
+    parser.add_argument("--goal", type=float, default=5e-5, help="error to stop at")
     parser.add_argument("--out", type=Path, default=Path("out"))
     args = parser.parse_args()
     inside, args.steps = (600, 60) if args.smoke else (6000, 10**9)
