@@ -149,6 +149,7 @@ def run_lm(
         max_steps=args.steps,
         max_seconds=args.seconds,
         callback=report,
+        linalg=args.linalg,
     )
     return float(result.history["seconds"][-1])
 
@@ -200,6 +201,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="600 points, 60 steps")
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--goal", type=float, default=5e-5, help="error to stop at")
+    parser.add_argument("--linalg", choices=("torch", "legate"), default="torch")
     parser.add_argument("--out", type=Path, default=Path("out"))
     args = parser.parse_args()
     inside, args.steps = (600, 60) if args.smoke else (6000, 10**9)

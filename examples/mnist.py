@@ -118,6 +118,7 @@ def run_lm(
     lmsolve.torch.fit(
         model, (images.x, images.y), loss="cross_entropy", weight_decay=args.decay,
         batch_size=args.batch, grow_batches=True, max_steps=args.steps, callback=note,
+        linalg=args.linalg,
     )  # fmt: skip
     return trace
 
@@ -168,6 +169,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--batch", type=int, help="samples in a first mini-batch of ours")
     parser.add_argument("--decay", type=float, default=1e-4, help="weight decay of ours")
+    parser.add_argument("--linalg", choices=("torch", "legate"), default="torch")
     parser.add_argument("--out", type=Path, default=Path("out"))
     args = parser.parse_args()
     if args.smoke:

@@ -1,6 +1,6 @@
 """A network learns sinc(10 x): Levenberg-Marquardt beside Adam and L-BFGS, on the same seeds.
 
-    python examples/sinc.py [--smoke] [--seconds 60] [--seeds 5] [--out out]
+    python examples/sinc.py [--smoke] [--seconds 60] [--seeds 5] [--linalg legate] [--out out]
 
 The network has 20 tanh units (61 parameters) and sees 20,000 points in float64. Prints the mean
 squared error each solver reaches and draws it against wall time. Ours stops at 1e-10.
@@ -35,7 +35,13 @@ def make_model(seed: int, width: int) -> nn.Module:
 
 
 def run_lm(
-    model: nn.Module, x: Tensor, y: Tensor, seconds: float, batch: int | None, enough: float
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    seconds: float,
+    batch: int | None,
+    enough: float,
+    linalg: str = "torch",
 ) -> Trace:
     """Ours: cost over wall time, the best of all data for mini-batches."""
     trace: Trace = []
@@ -58,7 +64,7 @@ def run_lm(
 
     lmsolve.torch.fit(
         model, (x, y), loss="mse", batch_size=batch, max_steps=10**9, max_seconds=seconds,
-        ftol=0, xtol=0, callback=note,
+        ftol=0, xtol=0, callback=note, linalg=linalg,
     )  # fmt: skip
     return trace
 
@@ -135,6 +141,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="for each run")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--width", type=int, default=20)
+    parser.add_argument("--linalg", choices=("torch", "legate"), default="torch")
     parser.add_argument("--out", type=Path, default=Path("out"))
     args = parser.parse_args()
     seconds, seeds, points, enough = args.seconds, args.seeds, 20_000, 1e-10
@@ -143,8 +150,10 @@ def main() -> None:
         seconds, others, seeds, points, enough = 30.0, 2.0, 1, 2_000, 1e-6
     x, y = make_data(points)
     solvers: dict[str, Callable[[nn.Module], Trace]] = {
-        "LM, full batch": lambda model: run_lm(model, x, y, seconds, None, enough),
-        "LM, batches of 1,000": lambda model: run_lm(model, x, y, seconds, 1000, enough),
+        "LM, full batch": lambda model: run_lm(model, x, y, seconds, None, enough, args.linalg),
+        "LM, batches of 1,000": lambda model: run_lm(
+            model, x, y, seconds, 1000, enough, args.linalg
+        ),
         "L-BFGS": lambda model: run_lbfgs(model, x, y, others),
         "Adam": lambda model: run_adam(model, x, y, others),
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
+import importlib.util
 import json
 import threading
 import time
@@ -230,6 +232,44 @@ def test_dropout_leaves_torchs_random_numbers_alone() -> None:
     assert torch.equal(torch.randn(4), expected)
 
 
+# --- examples -----------------------------------------------------------------------------------
+
+
+def example(name: str) -> Any:
+    """An example as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.legate
+def test_example_sinc() -> None:
+    sinc = example("sinc")
+    trace = sinc.run_lm(sinc.make_model(0, 20), *sinc.make_data(2000), 60.0, None, 1e-5, "legate")
+    assert sinc.best(trace) < 1e-5
+
+
+@pytest.mark.legate
+def test_example_of_small_images() -> None:
+    mnist = example("mnist")
+    images = mnist.load(None)
+    args = argparse.Namespace(decay=1e-4, batch=500, steps=6, smoke=True, linalg="legate")
+    trace = mnist.run_lm(mnist.make_model("cnn", images.x.shape[-1], 0), images, 60.0, args)
+    assert trace[-1].loss < trace[0].loss
+
+
+@pytest.mark.legate
+def test_example_of_the_burgers_equation() -> None:
+    burgers = example("burgers")
+    points, reference, model = burgers.make_points(100), burgers.Reference(), burgers.make_model()
+    error = reference.error(model)
+    args = argparse.Namespace(steps=25, seconds=60.0, goal=1e-5, linalg="legate")
+    burgers.run_lm(model, points, reference, args)
+    assert reference.error(model) < 0.9 * error
+
+
 # --- traps of tasks that are threads --------------------------------------------------------
 
 
@@ -420,7 +460,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("check", ["tall", "wide", "dropped"])
+@pytest.mark.parametrize("check", ["tall", "wide", "dropped", "example_sinc"])
 def test_two_ranks_end_with_the_same_bits(found: list[dict[str, Any]], check: str) -> None:
     assert found[0]["ranks"] == 2
     assert found[0][check] == found[1][check]

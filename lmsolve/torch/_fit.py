@@ -123,7 +123,7 @@ def fit(
     linalg : {'torch', 'legate'}, default 'torch'
         Where rows of the Jacobian are computed and added up: in this process, or in Legate's
         tasks, each on the processor (or GPU) of its shard of the samples, on every rank. Every
-        rank calls this with the same model and data.
+        rank calls this with the same model and data; the first rank's callback ends the fit.
     acceleration : bool, default True
         Bend steps along the curvature of the residuals, at one more evaluation a trial and far
         fewer trials. Losses other than 'mse' have no use for it.
@@ -275,7 +275,7 @@ class _Run:
                 size = session.problem.batch.size
                 gain = (cost_old - trial.cost) / self._samples_in_cost(size)
                 self.last = (x_old, gain) if gain > 0 else None
-            if self.callback is not None and self._stopped_by_callback():
+            if self.callback is not None and session.agreed(self._stopped_by_callback()):
                 return -2
             if self._one_batch:
                 if status is not None:

@@ -138,6 +138,14 @@ class Cluster:
         return torch.from_numpy(self._tasks.read(store))
 
 
+def gpus_of_legate() -> int:
+    """Number of GPUs of each process of Legate, which has started."""
+    from legate.core import TaskTarget, get_legate_runtime
+
+    runtime = get_legate_runtime()
+    return int(runtime.get_machine().count(TaskTarget.GPU)) // int(runtime.node_count)
+
+
 def _check_copy(network: Network) -> None:
     """TypeError where a model cannot be copied."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from ._data import make_batch
 from ._descent import Descent
+from ._legate import gpus_of_legate
 from ._losses import ResidualFunction
 from ._session import Options, Session, warn_notes
 
@@ -199,11 +201,13 @@ def available_gpus() -> list[torch.device]:
     Returns
     -------
     list of torch.device
-        All CUDA devices, none on a machine without one.
+        CUDA devices that Legate does not hold, none on a machine without one. A process of Legate
+        holds the first ones of those it sees, as many as it was started with.
 
     Examples
     --------
     >>> import lmsolve.torch
     >>> devices = lmsolve.torch.available_gpus() or ["cpu"]
     """
-    return [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    held = gpus_of_legate() if "legate.core" in sys.modules else 0
+    return [torch.device("cuda", i) for i in range(held, torch.cuda.device_count())]

@@ -10,7 +10,7 @@ from typing import Any
 
 from lmsolve.legate._start import start
 from lmsolve.torch import LM, fit
-from tests.test_torch_legate import cloud, curve, dropping, net
+from tests.test_torch_legate import cloud, curve, dropping, example, net
 
 start()
 from legate.core import get_legate_runtime  # noqa: E402  starts Legate, which start() does politely
@@ -37,6 +37,13 @@ def wide() -> dict[str, Any]:
 def dropped() -> dict[str, Any]:
     """Random masks, drawn by the rank that holds the shard."""
     return summary(fit(dropping(), (X, Y), max_steps=2, linalg="legate"))
+
+
+def example_sinc() -> list[float]:
+    """The example, ended by its callback: the clock of one rank must not end it alone."""
+    sinc = example("sinc")
+    data, model = sinc.make_data(200), sinc.make_model(0, 5)
+    return [value for _, value in sinc.run_lm(model, *data, 500.0, None, 0.05, "legate")]
 
 
 def last(target: Any) -> bool:
@@ -95,6 +102,7 @@ CHECKS: tuple[Callable[[], Any], ...] = (
     tall,
     wide,
     dropped,
+    example_sinc,
     exception_of_one_rank,
     nan_of_one_rank,
     data_that_differ,
