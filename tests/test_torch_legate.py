@@ -19,7 +19,7 @@ from torch import nn  # noqa: E402  (after the skip)
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
 from lmsolve.legate._start import inspect_machine, obstacle  # noqa: E402
-from lmsolve.torch import LM, fit  # noqa: E402
+from lmsolve.torch import LM, _legate, fit  # noqa: E402
 from tests.test_legate_ranks import launch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,6 +70,24 @@ def test_without_legate_the_remedy_is_named() -> None:
 def test_unknown_place_for_the_linear_algebra() -> None:
     with pytest.raises(ValueError, match="`linalg` must be one of"):
         fit(net(), curve(), linalg="lapack")
+
+
+def test_processors_that_torch_cannot_use_are_told_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda:0")
+    with pytest.raises(RuntimeError, match="--cpus 1"):
+        _legate.check_processors(0, 0, cpu)
+    with pytest.raises(RuntimeError, match=r"holds 2 GPUs.*CUDA build"):
+        _legate.check_processors(2, 2, cpu)
+    with pytest.raises(RuntimeError, match=r"is on cuda:0.*model\.cpu"):
+        _legate.check_processors(2, 0, cuda)
+    with pytest.raises(ValueError, match="one process, got 2 ranks"):
+        _legate.check_split(2, 0, [cpu])
+    with pytest.raises(ValueError, match=r"leave out the 1 GPUs.*cuda:0.*fewer --gpus"):
+        _legate.check_split(1, 1, [cuda])
+    _legate.check_split(1, 1, [torch.device("cuda:1"), cpu])
 
 
 # --- the same steps ---------------------------------------------------------------------------
@@ -192,6 +210,41 @@ def test_a_checkpoint_of_legate_goes_on_in_one_process(tmp_path: Path) -> None:
     whole = fit(net(), curve(), max_steps=9)
     assert resumed.steps == 9
     assert resumed.cost == pytest.approx(whole.cost, rel=1e-8)
+
+
+# --- in two components ------------------------------------------------------------------------
+
+
+@pytest.mark.legate
+@pytest.mark.parametrize("kind", ["factors", "other", "wide"])
+def test_two_components_take_the_steps_of_one_process(kind: str) -> None:
+    make = {"factors": net, "other": lambda: Custom(3), "wide": lambda: net(40, 3, 2)}[kind]
+    data = curve() if kind == "factors" else cloud()
+    expected = fit(make(), data, max_steps=6)
+    found = fit(make(), data, max_steps=6, linalg="legate-split", devices=["cpu", "cpu"])
+    assert_same((expected, found))
+
+
+@pytest.mark.legate
+@pytest.mark.filterwarnings("ignore:The samples of a batch see each other")
+def test_two_components_normalise_over_the_batch() -> None:
+    expected = fit(normalised(), curve(), max_steps=6)
+    assert_same((expected, fit(normalised(), curve(), max_steps=6, linalg="legate-split")))
+
+
+@pytest.mark.legate
+def test_two_components_send_each_row_through_the_host_once() -> None:
+    x, y = curve(61)
+    optimizer = LM(net(), linalg="legate-split", devices=["cpu", "cpu", "cpu"])
+    optimizer.step(x, y)
+    problem, n = optimizer._session.problem, optimizer._session.x.numel()
+    assert problem.through_host == problem.njev * 61 * n * 8
+
+
+@pytest.mark.legate
+def test_devices_must_have_the_models_own_among_them() -> None:
+    with pytest.raises(ValueError, match="`devices` must include the model's device cpu"):
+        fit(net(), curve(), linalg="legate-split", devices=["cuda:7"])
 
 
 # --- dropout ----------------------------------------------------------------------------------

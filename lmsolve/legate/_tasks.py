@@ -79,19 +79,38 @@ def launch(
 
     An exception of the job is raised here on every rank: the first failed shard's.
     """
-    number = next(_numbers)
-    _jobs[number] = job
-    try:
-        with _no_collection():
-            status = _submit(_RUN, number, shards, target, STATUS, inputs, outputs)
-        if status[:, 0].any():
-            texts = _submit(_TELL, number, shards, target, TEXT)
-            _raise_first(number, texts)
-    finally:
-        del _jobs[number]
-        for key in [key for key in _failures if key[0] == number]:
-            del _failures[key]
-    return status[:, 1:]
+    with no_collection():
+        return Launch(job, shards, target, inputs, outputs).wait()
+
+
+class Launch:
+    """A launch under way; `wait` comes before the next one, and all within `no_collection`."""
+
+    def __init__(
+        self,
+        job: Job,
+        shards: int,
+        target: TaskTarget,
+        inputs: Sequence[Part] = (),
+        outputs: Sequence[LogicalStorePartition] = (),
+    ) -> None:
+        self._number = next(_numbers)
+        self._shards, self._target = shards, target
+        _jobs[self._number] = job
+        self._rows = _submit(_RUN, self._number, shards, target, STATUS, inputs, outputs)
+
+    def wait(self) -> np.ndarray:
+        """What the job returned, array (shards, STATUS - 1), or its exception."""
+        try:
+            status = read(self._rows)
+            if status[:, 0].any():
+                texts = read(_submit(_TELL, self._number, self._shards, self._target, TEXT))
+                _raise_first(self._number, texts)
+        finally:
+            del _jobs[self._number]
+            for key in [key for key in _failures if key[0] == self._number]:
+                del _failures[key]
+        return status[:, 1:]
 
 
 def processors(target: TaskTarget) -> int:
@@ -199,7 +218,7 @@ def _sum_columns(shard: Shard) -> Sequence[float]:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     """No garbage collection: in a task's thread it may free a store, which aborts the process.
 
     Stores get into cycles with the traceback of any exception that passed by them.
@@ -221,7 +240,7 @@ def _submit(
     width: int,
     inputs: Sequence[Part] = (),
     outputs: Sequence[LogicalStorePartition] = (),
-) -> np.ndarray:
+) -> LogicalStore:
     """Launch one of the two tasks; its first output, one row (width,) per shard."""
     runtime = get_legate_runtime()
     rows = _row_store(shards, width)
@@ -234,7 +253,7 @@ def _submit(
             task.add_input(part)
         task.add_scalar_arg(number, types.int64)
         task.execute()
-    return read(rows)
+    return rows
 
 
 def _run(context: TaskContext) -> None:

@@ -7,7 +7,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from ._data import Drawn, Samples
 from ._descent import Descent
 from ._losses import ResidualFunction
 from ._network import Batch
+from ._optimizer import check_devices
 from ._session import Options, Session, Trial, warn_notes
 
 #: Rejected trials on one mini-batch before the next is drawn.
@@ -64,6 +65,7 @@ def fit(
     memory: int | None = None,
     dtype: torch.dtype | None = None,
     linalg: str = "torch",
+    devices: Sequence[torch.device | str] | None = None,
     acceleration: bool = True,
     seed: int = 0,
     progress: bool | None = None,
@@ -120,10 +122,15 @@ def fit(
         default.
     dtype : torch.dtype, optional
         Compute the model in this dtype instead of its own; torch.float64 for the last digits.
-    linalg : {'torch', 'legate'}, default 'torch'
+    linalg : {'torch', 'legate', 'legate-split'}, default 'torch'
         Where rows of the Jacobian are computed and added up: in this process, or in Legate's
         tasks, each on the processor (or GPU) of its shard of the samples, on every rank. Every
         rank calls this with the same model and data; the first rank's callback ends the fit.
+        With 'legate-split' the model computes rows on ``devices`` and Legate, on other GPUs or on
+        CPUs of the same process, adds them up; a wide network's stay on the model's device.
+    devices : sequence of torch.device or str, optional
+        Devices of the model for ``linalg='legate-split'``, its own among them; slices of the
+        batch go to them in turn. The model's own by default.
     acceleration : bool, default True
         Bend steps along the curvature of the residuals, at one more evaluation a trial and far
         fewer trials. Losses other than 'mse' have no use for it.
@@ -157,8 +164,13 @@ def fit(
     True
     """
     _check_limits(max_steps, max_seconds, {"ftol": ftol, "xtol": xtol, "gtol": gtol})
-    options = Options(residual, loss, weight_decay, memory, dtype, linalg, seed, acceleration)
+    listed = tuple(torch.device(d) for d in devices or ())
+    options = Options(
+        residual, loss, weight_decay, memory, dtype, linalg, seed, acceleration, listed
+    )
     session = Session(model, options, Descent(ftol, xtol, gtol))
+    if listed:
+        check_devices(listed, session.network.parameters.device)
     samples = Samples(data, weights, batch_size, session.network.parameters, seed)
     run = _Run(session, samples, grow_batches)
     run.limits = (max_steps, max_seconds)

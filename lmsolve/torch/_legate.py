@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -52,7 +53,7 @@ _COPY_ERRORS = (TypeError, RuntimeError, AttributeError, NotImplementedError, pi
 class Cluster:
     """Legate as a session sees it: its processors, its stores, and what the ranks agree on."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, devices: Sequence[torch.device] | None = None) -> None:
         _check_copy(network)
         start()
         from legate.core import TaskTarget, get_legate_runtime
@@ -64,7 +65,10 @@ class Cluster:
         gpus = _tasks.processors(TaskTarget.GPU)
         self.target = TaskTarget.GPU if gpus else TaskTarget.CPU
         self.processors = gpus or _tasks.processors(TaskTarget.CPU)
-        check_processors(self.processors, gpus, network.parameters.device)
+        if devices is None:
+            check_processors(self.processors, gpus, network.parameters.device)
+        else:
+            check_split(self.ranks, gpus // self.ranks, devices)
         self.local = -(-self.processors // self.ranks)
         self._held: dict[str, tuple[Any, Any]] = {}
 
@@ -133,9 +137,38 @@ class Cluster:
         values: np.ndarray = status[:, 0]
         return values
 
+    @contextmanager
+    def overlapped(self) -> Iterator[Overlap]:
+        """Launches that run while the caller goes on; all are done at the end."""
+        with self._tasks.no_collection():
+            overlap = Overlap(self._tasks, self.target)
+            try:
+                yield overlap
+            finally:
+                overlap.wait()
+
     def read(self, store: Any) -> Tensor:
         """A store's values on the host, the same on every rank."""
         return torch.from_numpy(self._tasks.read(store))
+
+
+class Overlap:
+    """One launch under way at a time."""
+
+    def __init__(self, tasks: Any, target: Any) -> None:
+        self._tasks, self._target = tasks, target
+        self._under_way: Any = None
+
+    def launch(self, job: Any, shards: int, table: Any) -> None:
+        """Start a job on every shard once the last one is done."""
+        self.wait()
+        self._under_way = self._tasks.Launch(job, shards, self._target, (), (table.rows,))
+
+    def wait(self) -> None:
+        """Wait for the last one; raises its exception."""
+        last, self._under_way = self._under_way, None
+        if last is not None:
+            last.wait()
 
 
 def gpus_of_legate() -> int:
@@ -174,6 +207,22 @@ def check_processors(processors: int, gpus: int, device: torch.device) -> None:
             f"`model` is on {device}, and Legate holds no GPU: start with --gpus 1 or more, or "
             "move the model with `model.cpu()`."
         )
+
+
+def check_split(ranks: int, held: int, devices: Sequence[torch.device]) -> None:
+    """ValueError where torch's devices and Legate's cannot be kept apart."""
+    if ranks > 1:
+        raise ValueError(
+            f"`linalg='legate-split'` runs in one process, got {ranks} ranks: use "
+            "`linalg='legate'`, which runs on any number."
+        )
+    for device in devices:
+        if device.type == "cuda" and (device.index or 0) < held:
+            raise ValueError(
+                f"`devices` must leave out the {held} GPUs that Legate holds, got {device}: start "
+                "Legate with fewer --gpus, name devices of lmsolve.torch.available_gpus(), or use "
+                "`linalg='legate'`, which shares them."
+            )
 
 
 class LegateProblem(NetworkProblem):
@@ -221,7 +270,8 @@ class LegateProblem(NetworkProblem):
             r = self._rows(self._point(x)).to(x.dtype)
             products, bend = self._products(x), self._bend(x, r)
             return TallSubproblem(gram, grad, x, r, products, self.settings.decay, bend)
-        curved = self._curved(x) if network.objective.exact else None
+        bent = self.settings.acceleration and network.objective.exact
+        curved = self._curved(x) if bent else None
         return ShardedTallSubproblem(gram, grad, x, self._products(x), self.settings.decay, curved)
 
     def _dual(self, x: Tensor, passes: Any) -> WideSubproblem:

@@ -43,7 +43,8 @@ class LM:
     loss : str, optional
         A convex loss by name instead; see `fit`.
     devices : sequence of torch.device or str, optional
-        Devices to compute on; the model must be on one of them. Its own by default.
+        Devices to compute on; the model must be on one of them. Its own by default, and the only
+        one but with ``linalg='legate-split'``.
     weight_decay : float, default 0.0
         Adds ``weight_decay / 2 * |x|**2`` to the cost.
     attempts : int, default 10
@@ -52,7 +53,7 @@ class LM:
         Bytes that matrices and blocks of the Jacobian may take.
     dtype : torch.dtype, optional
         Compute the model in this dtype instead of its own.
-    linalg : {'torch', 'legate'}, default 'torch'
+    linalg : {'torch', 'legate', 'legate-split'}, default 'torch'
         Where rows of the Jacobian are computed and added up; see `fit`.
     acceleration : bool, default True
         Bend steps along the curvature of the residuals, at one more evaluation a trial and far
@@ -90,7 +91,10 @@ class LM:
     ) -> None:
         if attempts < 1:
             raise ValueError(f"`attempts` must be at least 1, got {attempts}.")
-        options = Options(residual, loss, weight_decay, memory, dtype, linalg, seed, acceleration)
+        listed = tuple(torch.device(d) for d in devices or ())
+        options = Options(
+            residual, loss, weight_decay, memory, dtype, linalg, seed, acceleration, listed
+        )
         self._session = Session(model, options, Descent())
         self._attempts = attempts
         self._steps = 0

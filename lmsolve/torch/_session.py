@@ -25,9 +25,10 @@ from ._losses import Objective, ResidualFunction, from_loss, from_residual
 from ._network import Batch, Network
 from ._params import Parameters, fixed_random
 from ._problem import NetworkProblem, Settings, available_memory
+from ._split import SplitProblem
 
 #: Where rows are made and added up: in this process, or in Legate's tasks.
-LINALG = ("torch", "legate")
+LINALG = ("torch", "legate", "legate-split")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Options:
     linalg: str = "torch"
     seed: int = 0
     acceleration: bool = True
+    devices: tuple[torch.device, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,10 @@ class Session:
         self.x0 = x0.to(torch.float64)
         self.memory = options.memory or available_memory(x0.device) // 2
         self.cluster: Cluster | None = None
-        if options.linalg == "legate":
-            self.cluster = Cluster(self.network)
+        self.devices = options.devices or (self.network.parameters.device,)
+        if options.linalg != "torch":
+            split = options.linalg == "legate-split"
+            self.cluster = Cluster(self.network, self.devices if split else None)
             self.memory = int(self.agreed(self.memory))
         self.plans: dict[Any, Plan] = {}
         self.problem: NetworkProblem | None = None
@@ -154,7 +158,9 @@ class Session:
     def _problem(self, batch: Batch, plan: Plan, settings: Settings) -> NetworkProblem:
         if self.cluster is None:
             return NetworkProblem(self.network, batch, plan, settings)
-        return LegateProblem(self.network, batch, plan, settings, self.cluster)
+        if self.options.linalg == "legate":
+            return LegateProblem(self.network, batch, plan, settings, self.cluster)
+        return SplitProblem(self.network, batch, plan, settings, self.cluster, self.devices)
 
     def _mask_seed(self, number: int) -> int | None:
         return (self.options.seed << 20) + number if self._stochastic else None

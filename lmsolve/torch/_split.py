@@ -1,0 +1,167 @@
+"""Networks on Legate in two components: torch's devices make rows, Legate's processors add them up.
+
+The batch goes to the model's devices slice by slice, cyclically. A slice's rows of J come to the
+host, through pinned memory from a GPU, and Legate's tasks add them to the sums of their processors
+while the next slice is computed. It costs a way through the host that `linalg='legate'` does not
+have, and serves where the model and the sums must not share a GPU.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import _jacobian
+from ._jacobian import Plan, Point
+from ._legate import Cluster
+from ._network import Batch, Network
+from ._params import quiet_transforms
+from ._problem import COARSE, HELD, Evaluation, NetworkProblem, Settings
+from ._products import HeldProducts
+from ._shards import copied, device_of, moved, stream_of, view_of
+from ._subproblems import Linearised, Products, TallSubproblem
+from ._sums import NormalSums
+
+if TYPE_CHECKING:
+    from lmsolve.legate._tasks import Shard
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows on their way to the host."""
+
+    r: Tensor
+    J: Tensor
+    arrived: torch.cuda.Event | None
+
+    def wait(self) -> tuple[Tensor, Tensor]:
+        """The rows once they are there."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.r, self.J
+
+
+class AddJob:
+    """Adds a processor's share of a slice to its row of the table of sums."""
+
+    def __init__(
+        self, r: Tensor, J: Tensor, shards: int, first: bool, block_dtype: torch.dtype | None
+    ) -> None:
+        self._r, self._J = r.tensor_split(shards), J.tensor_split(shards)
+        self._n = J.shape[1]
+        self._first = first
+        self._block_dtype = block_dtype
+
+    def __call__(self, shard: Shard) -> Sequence[float]:
+        """Nothing to tell."""
+        n, device = self._n, device_of(shard.stream)
+        with stream_of(shard.stream):
+            row = view_of(shard.outputs[0]).reshape(-1)
+            if self._first:
+                row.zero_()
+            sums = NormalSums.into(row[: n * n].view(n, n), row[n * n :], self._block_dtype)
+            r, J = (part[shard.index].to(device, non_blocking=True) for part in (self._r, self._J))
+            if len(r):
+                sums.add(r, J)
+        return 0.0, 0.0, 0.0
+
+
+class SplitProblem(NetworkProblem):
+    """`NetworkProblem` with rows from several devices and sums on Legate's processors.
+
+    ``through_host`` counts the bytes of J that came to the host.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        batch: Batch,
+        plan: Plan,
+        settings: Settings,
+        cluster: Cluster,
+        devices: Sequence[torch.device],
+    ) -> None:
+        super().__init__(network, batch, plan, settings)
+        self.cluster = cluster
+        self.devices = devices
+        self.through_host = 0
+        own = network.parameters.device
+        self._replicas = [network if d == own else copied(network, d) for d in devices]
+
+    def linearize(self, x: Tensor, r: Evaluation, damping: float = 0.0) -> Linearised:
+        """Subproblem at x (n,); MemoryError where Legate's pool is too small for it."""
+        if self.form() == "normal":
+            n = self.network.parameters.n
+            self.cluster.require(8 * n * (n + 1) * (self.cluster.processors + 1), "The sums of J'J")
+        return super().linearize(x, r, damping)
+
+    def _evaluate(self, x: Tensor) -> Evaluation:
+        # Passes that were kept would make rows on one device only.
+        return super()._evaluate(x)._replace(passes=None)
+
+    def _normal(self, x: Tensor, passes: Any, damping: float = 0.0) -> TallSubproblem:
+        n, itemsize = self.network.parameters.n, self.network.parameters.dtype.itemsize
+        shards = self.cluster.processors
+        table = self.cluster.table("sums", shards, n * n + n)
+        coarse = self.network.parameters.dtype if damping > COARSE else None
+        few = self.m * n * itemsize <= min(HELD, self._block_memory())
+        r, held, first = [], [], True
+        with self.cluster.overlapped() as adding:
+            for rows, J in self._slices(x):
+                adding.launch(AddJob(rows, J, shards, first, coarse), shards, table)
+                first = False
+                self.through_host += J.nbytes
+                r.append(rows)
+                if few:
+                    held.append(J)
+        sums = torch.from_numpy(table.total()).to(x.device)
+        whole = torch.cat(r).to(x)
+        products: Products = self._products(x)
+        if few:
+            products = HeldProducts(torch.cat(held).to(x.device))
+        gram, grad = sums[: n * n].view(n, n), sums[n * n :]
+        bend = self._bend(x, whole)
+        return TallSubproblem(gram, grad, x, whole, products, self.settings.decay, bend)
+
+    def _slices(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows on the host, in order; as many slices under way as there are devices."""
+        under_way: deque[Rows] = deque()
+        samples = self.batch.size if self.plan.coupled else self.plan.samples
+        if len(self.devices) > 1 and not self.plan.coupled:  # each device has something to do
+            samples = min(samples, -(-self.batch.size // len(self.devices)))
+        for number, block in enumerate(self.batch.blocks(samples)):
+            network = self._replicas[number % len(self.devices)]
+            for rows in self._rows_of(network, block, x):
+                under_way.append(rows)
+                if len(under_way) > len(self.devices):
+                    yield under_way.popleft().wait()
+        while under_way:
+            yield under_way.popleft().wait()
+
+    def _rows_of(self, network: Network, block: Batch, x: Tensor) -> Iterator[Rows]:
+        device = network.parameters.device
+        point = Point(
+            network.parameters.unpack(x.to(device)), self.settings.scale, self.settings.seed
+        )
+        if device != self.network.parameters.device:
+            block = moved(block, device)
+        with quiet_transforms():
+            for r, J in _jacobian.stream(network, block, point, self.plan):
+                yield to_host(r, J)
+
+
+def to_host(r: Tensor, J: Tensor) -> Rows:
+    """Copies of rows on the host, under way where they come from a GPU."""
+    if J.device.type == "cpu":
+        return Rows(r.clone(), J.clone(), None)
+    pinned = [torch.empty(a.shape, dtype=a.dtype, pin_memory=True) for a in (r, J)]
+    for source, target in zip((r, J), pinned, strict=True):
+        target.copy_(source, non_blocking=True)
+    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    arrived.record(torch.cuda.current_stream(J.device))
+    return Rows(pinned[0], pinned[1], arrived)
