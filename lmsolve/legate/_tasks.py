@@ -184,6 +184,7 @@ class HostRows:
     outputs: tuple[LogicalStorePartition, ...] = ()
 
     def __init__(self, shards: int, size: int) -> None:
+        self.shards, self.size = shards, size
         self._rows = [np.empty((1, size)) for _ in range(shards)]
 
     def row(self, shard: Shard) -> np.ndarray:

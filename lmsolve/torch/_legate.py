@@ -70,6 +70,8 @@ class Cluster:
         else:
             check_split(self.ranks, gpus // self.ranks, devices)
         self.local = -(-self.processors // self.ranks)
+        # One process's tasks write into its own memory: Legate's pool would hold a second copy.
+        self.in_process = self.ranks == 1 and not gpus
         self._held: dict[str, tuple[Any, Any]] = {}
 
     def agreed(self, *values: float) -> list[float]:
@@ -94,7 +96,9 @@ class Cluster:
         )
 
     def table(self, kind: str, shards: int, size: int) -> Any:
-        """A table of float64 (shards, size) to be summed, one of each kind kept."""
+        """A table of float64 (shards, size) to be summed; in Legate's memory one of each kind."""
+        if self.in_process:
+            return self._tasks.HostRows(shards, size)
         return self._kept(
             kind, (shards, size), lambda: self._tasks.Table(shards, size, self.target)
         )
@@ -113,6 +117,14 @@ class Cluster:
             self._held.pop(kind, None)
             self._held[kind] = form, make()
         return self._held[kind][1]
+
+    def require_sums(self, n: int) -> None:
+        """MemoryError where there is no room for the shards' J'J (n, n) and J'r."""
+        size, what = 8 * n * (n + 1), "The sums of J'J"
+        if self.in_process:
+            self._memory.require_host(size * self.processors, what)
+        else:  # the rows of this process, the columns that it adds up, and their total
+            self.require(size * (2 * self.local + 2), what)
 
     def require(self, size: int, what: str) -> None:
         """MemoryError, with the option to raise, where Legate's pool cannot hold ``size`` bytes."""
@@ -159,10 +171,11 @@ class Overlap:
         self._tasks, self._target = tasks, target
         self._under_way: Any = None
 
-    def launch(self, job: Any, shards: int, table: Any) -> None:
-        """Start a job on every shard once the last one is done."""
+    def launch(self, job: Any) -> None:
+        """Start a job for every row of its table once the last one is done."""
         self.wait()
-        self._under_way = self._tasks.Launch(job, shards, self._target, (), (table.rows,))
+        table = job.table
+        self._under_way = self._tasks.Launch(job, table.shards, self._target, (), table.outputs)
 
     def wait(self) -> None:
         """Wait for the last one; raises its exception."""
@@ -243,9 +256,7 @@ class LegateProblem(NetworkProblem):
         """Subproblem at x (n,); MemoryError where Legate's pool is too small for it."""
         n, m, form = self.network.parameters.n, self.m, self.form()
         if form == "normal":
-            # The sum itself, and a row for each processor of this process.
-            size = 8 * n * (n + 1) * (self.cluster.local + 1)
-            self.cluster.require(size, "The sums of J'J")
+            self.cluster.require_sums(n)
         elif form == "dual":
             size = m * m * accumulator(self.network, m).itemsize
             self.cluster.require(size, "The kernel J J'")
@@ -263,7 +274,7 @@ class LegateProblem(NetworkProblem):
         table = self.cluster.table("sums", self.placed.shards, n * n + n)
         coarse = network.parameters.dtype if damping > COARSE else None
         job = CoupledSumsJob if self.plan.coupled else SumsJob
-        self.launch(job, x, coarse, outputs=(table.rows,))
+        self.launch(job, x, coarse, table=table)
         sums = torch.from_numpy(table.total()).to(x.device)
         gram, grad = sums[: n * n].view(n, n), sums[n * n :]
         if self.plan.coupled:
@@ -302,7 +313,7 @@ class LegateProblem(NetworkProblem):
     def added(self, job: type[Job], x: Tensor, *arguments: Any) -> Tensor:
         """Sum (n,) of a job's vectors over the shards."""
         table = self.cluster.table("vector", self.placed.shards, self.network.parameters.n)
-        self.launch(job, x, *arguments, outputs=(table.rows,))
+        self.launch(job, x, *arguments, table=table)
         return torch.from_numpy(table.total()).to(x.device)
 
     def written(self, job: type[Job], x: Tensor, *arguments: Any) -> Tensor:
@@ -317,11 +328,13 @@ class LegateProblem(NetworkProblem):
         job: type[Job],
         x: Tensor,
         *arguments: Any,
+        table: Any = None,
         outputs: Sequence[Any] = (),
     ) -> np.ndarray:
         """Run a job of this batch at x; each shard's number."""
         made = job(self.placed, x, self.plan, self.settings, *arguments)
-        return self.cluster.launch(made, outputs)
+        made.table = table
+        return self.cluster.launch(made, outputs if table is None else table.outputs)
 
 
 class ShardedProducts:

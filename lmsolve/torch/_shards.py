@@ -140,7 +140,9 @@ class Here:
 
 
 class Job:
-    """What a task does with its shard at one x."""
+    """What a task does with its shard at one x, and the table that it writes into, if any."""
+
+    table: Any = None
 
     def __init__(self, placed: Placed, x: Tensor, plan: Plan, settings: Settings) -> None:
         self.placed, self.plan, self.settings = placed, plan, settings
@@ -161,6 +163,10 @@ class Job:
     def compute(self, here: Here, shard: Shard) -> float:
         """The work itself."""
         raise NotImplementedError
+
+    def zeros(self, shard: Shard) -> Tensor:
+        """The shard's row of the table, flat, at zero."""
+        return view_of(self.table.row(shard)).reshape(-1).zero_()
 
     @property
     def keeps(self) -> bool:
@@ -246,7 +252,7 @@ class SumsJob(Job):
 
     def sums(self, here: Here, shard: Shard) -> NormalSums:
         """The sums in the row's memory."""
-        n, row = here.network.parameters.n, zeros_in(shard)
+        n, row = here.network.parameters.n, self.zeros(shard)
         gram, grad = row[: n * n].view(n, n), row[n * n :]
         return NormalSums.into(gram, grad, self._block_dtype)
 
@@ -304,7 +310,7 @@ class CurvatureJob(Job):
 
     def compute(self, here: Here, shard: Shard) -> float:
         """Second difference of the residuals along p."""
-        out = zeros_in(shard)
+        out = self.zeros(shard)
         x, p = torch.from_numpy(self.x).to(out.device), self._p.to(out.device)
         products, residuals = self.linear(here)
         Jp = products.product(p).to(x.dtype)
@@ -354,7 +360,7 @@ class TransposedJob(Job):
 
     def compute(self, here: Here, shard: Shard) -> float:
         """One backward pass."""
-        out = zeros_in(shard)
+        out = self.zeros(shard)
         first = here.index * self.placed.tile * self.plan.k
         part = self._z[first : first + here.batch.size * self.plan.k].to(out.device)
         out += self.linear(here)[0].transposed(part)
@@ -414,13 +420,8 @@ class KernelJob(Job):
 
 
 def view_of(store: Any) -> Tensor:
-    """A store's memory where it lies."""
+    """A store's, or an array's, memory where it lies."""
     return torch.utils.dlpack.from_dlpack(store)
-
-
-def zeros_in(shard: Shard) -> Tensor:
-    """The shard's row of a table, flat, at zero."""
-    return view_of(shard.outputs[0]).reshape(-1).zero_()
 
 
 def device_of(stream: int | None) -> torch.device:

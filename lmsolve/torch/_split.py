@@ -50,8 +50,10 @@ class AddJob:
     """Adds a processor's share of a slice to its row of the table of sums."""
 
     def __init__(
-        self, r: Tensor, J: Tensor, shards: int, first: bool, block_dtype: torch.dtype | None
+        self, r: Tensor, J: Tensor, table: Any, first: bool, block_dtype: torch.dtype | None
     ) -> None:
+        shards = table.shards
+        self.table = table
         self._r, self._J = r.tensor_split(shards), J.tensor_split(shards)
         self._n = J.shape[1]
         self._first = first
@@ -61,7 +63,7 @@ class AddJob:
         """Nothing to tell."""
         n, device = self._n, device_of(shard.stream)
         with stream_of(shard.stream):
-            row = view_of(shard.outputs[0]).reshape(-1)
+            row = view_of(self.table.row(shard)).reshape(-1)
             if self._first:
                 row.zero_()
             sums = NormalSums.into(row[: n * n].view(n, n), row[n * n :], self._block_dtype)
@@ -96,8 +98,7 @@ class SplitProblem(NetworkProblem):
     def linearize(self, x: Tensor, r: Evaluation, damping: float = 0.0) -> Linearised:
         """Subproblem at x (n,); MemoryError where Legate's pool is too small for it."""
         if self.form() == "normal":
-            n = self.network.parameters.n
-            self.cluster.require(8 * n * (n + 1) * (self.cluster.processors + 1), "The sums of J'J")
+            self.cluster.require_sums(self.network.parameters.n)
         return super().linearize(x, r, damping)
 
     def _evaluate(self, x: Tensor) -> Evaluation:
@@ -106,14 +107,13 @@ class SplitProblem(NetworkProblem):
 
     def _normal(self, x: Tensor, passes: Any, damping: float = 0.0) -> TallSubproblem:
         n, itemsize = self.network.parameters.n, self.network.parameters.dtype.itemsize
-        shards = self.cluster.processors
-        table = self.cluster.table("sums", shards, n * n + n)
+        table = self.cluster.table("sums", self.cluster.processors, n * n + n)
         coarse = self.network.parameters.dtype if damping > COARSE else None
         few = self.m * n * itemsize <= min(HELD, self._block_memory())
         r, held, first = [], [], True
         with self.cluster.overlapped() as adding:
             for rows, J in self._slices(x):
-                adding.launch(AddJob(rows, J, shards, first, coarse), shards, table)
+                adding.launch(AddJob(rows, J, table, first, coarse))
                 first = False
                 self.through_host += J.nbytes
                 r.append(rows)
