@@ -4,6 +4,7 @@ Adam and L-BFGS.
     python benchmarks/networks.py               # three tables, and results/networks.json
     python benchmarks/networks.py --smoke       # small sizes, nothing written
     python benchmarks/networks.py --only steps
+    legate --cpus 2 --gpus 0 benchmarks/networks.py --linalg legate     # or legate-split, torch
 
 Every contender runs in a process of its own, so that its peak memory is its own: the growth of the
 process's resident set over what it was when model and data were there. Times are wall and
@@ -78,6 +79,28 @@ def stepper(contender: str, model: nn.Module, x: Tensor, y: Tensor) -> Callable[
             pass
 
     return step
+
+
+def report_linalg(linalg: str, smoke: bool) -> None:
+    """A step, and the bytes of J that it sends through the host, in this process."""
+    from lmsolve.torch._data import make_batch
+    from lmsolve.torch._descent import Descent
+    from lmsolve.torch._session import Options, Session
+
+    print(f"{'shape':14s}{'wall ms':>9s}{'MB of J':>9s}{'through the host':>18s}   {linalg}")
+    for name, shape in (SMOKE_SHAPES if smoke else SHAPES).items():
+        model, x, y = problem(*shape)
+        session = Session(model, Options(linalg=linalg), Descent())
+        session.place(make_batch(x, y, None, session.network.parameters), 0)
+        held, times = session.problem, []
+        for _ in range(3 if smoke else 10):
+            start = time.perf_counter()
+            while not session.trial().accepted:
+                pass
+            times.append(time.perf_counter() - start)
+        size = len(x) * session.x.numel() * 8 / 1e6
+        through = held.through_host / 1e6 / max(held.njev, 1)
+        print(f"{name:14s}{1e3 * statistics.median(times):9.1f}{size:9.1f}{through:18.1f}")
 
 
 def measure_steps(contender: str, shape: tuple[int, int, int], repeats: int) -> dict[str, float]:
@@ -247,12 +270,16 @@ def main() -> None:
     parser.add_argument("--only", choices=("steps", "ladder", "features"))
     parser.add_argument("--seconds", type=float, default=30.0, help="a run of the ladder")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--linalg", choices=("torch", "legate", "legate-split"))
     parser.add_argument("--task", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.task:
         kind, *rest = json.loads(args.task)
         measure = {"steps": measure_steps, "ladder": measure_ladder, "feature": measure_feature}
         print(json.dumps(measure[kind](*rest)))
+        return
+    if args.linalg:
+        report_linalg(args.linalg, args.smoke)
         return
     peers = [PEER] if find_spec(PEER) else []
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"

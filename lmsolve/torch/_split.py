@@ -74,10 +74,7 @@ class AddJob:
 
 
 class SplitProblem(NetworkProblem):
-    """`NetworkProblem` with rows from several devices and sums on Legate's processors.
-
-    ``through_host`` counts the bytes of J that came to the host.
-    """
+    """`NetworkProblem` with rows from several devices and sums on Legate's processors."""
 
     def __init__(
         self,
@@ -91,7 +88,6 @@ class SplitProblem(NetworkProblem):
         super().__init__(network, batch, plan, settings)
         self.cluster = cluster
         self.devices = devices
-        self.through_host = 0
         own = network.parameters.device
         self._replicas = [network if d == own else copied(network, d) for d in devices]
 
