@@ -22,7 +22,7 @@ from lmsolve._subproblem import NormalEquations, Subproblem, dense_subproblem
 from lmsolve._xp import Array, Namespace, is_cupynumeric, to_numpy
 
 from ._blocks import NumpyBlocks
-from ._rows import BLOCK, BlockFunctions, RowProblem
+from ._rows import BlockFunctions, RowProblem, rows_of_block
 from ._start import check_startable, start
 
 #: With fewer multiplications than this in J'J (m n^2) a launch costs more than it saves.
@@ -82,7 +82,7 @@ class ShardedSums:
                 n=n,
                 blocks=NumpyBlocks("float64"),
                 loss=None,
-                block_rows=max(256, min(2**16, BLOCK // (n + 1))),
+                block_rows=rows_of_block(n),
             )
             self._problem = RowProblem(functions, m, data)
         else:
