@@ -122,6 +122,23 @@ def test_wide_networks_share_out_the_kernel(decay: float) -> None:
     assert_same(pair)
 
 
+@pytest.mark.legate
+def test_large_normal_matrices_are_factored_by_legate(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lmsolve.legate import _cholesky
+
+    made, original = [0], _cholesky.LegateCholesky.__init__
+
+    def counted(self: Any, A: Any) -> None:
+        made[0] += 1
+        original(self, A)
+
+    monkeypatch.setattr(_cholesky, "pays", lambda n: True)
+    monkeypatch.setattr(_cholesky.LegateCholesky, "__init__", counted)
+    pair = both(net, curve())
+    assert_same(pair)
+    assert made[0] == pair[1].steps
+
+
 class Custom(nn.Module):
     """A layer that no factors are known of."""
 

@@ -58,23 +58,23 @@ class LegateCholesky:
             raise LinAlgError("the matrix is not finite")  # cuPyNumeric would not say so
         xp = start()
         # A view of Legate's memory; what lies above the diagonal is zero.
-        self._factor = np.asarray(xp.linalg.cholesky(xp.array(A)))
-        root = self._factor.diagonal().min()
+        self.factor = np.asarray(xp.linalg.cholesky(xp.array(A)))
+        root = self.factor.diagonal().min()
         self.pivot = float(root * root)
         if not self.pivot > 0:
             raise LinAlgError("the matrix is singular or not finite")
 
     def solve(self, b: np.ndarray) -> np.ndarray:
         """Solution (n,) of ``A y = b``."""
-        single = self._factor.dtype == np.float32
+        single = self.factor.dtype == np.float32
         potrs = lapack.spotrs if single else lapack.dpotrs
-        y: np.ndarray = potrs(self._factor.T, b, lower=0)[0]
+        y: np.ndarray = potrs(self.factor.T, b, lower=0)[0]
         return y
 
     def reproduces(self, A: np.ndarray) -> bool:
         """Whether this is the factor of A: ``L (L' v)`` is ``A v`` to rounding."""
         v = np.random.default_rng(0).standard_normal(A.shape[0])
         expected = A @ v
-        error = np.abs(self._factor @ (self._factor.T @ v) - expected).max()
+        error = np.abs(self.factor @ (self.factor.T @ v) - expected).max()
         n, eps = A.shape[0], float(np.finfo(A.dtype).eps)
         return bool(error <= WRONG * n * eps * np.abs(expected).max())

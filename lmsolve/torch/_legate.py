@@ -43,7 +43,14 @@ from ._shards import (
     TransposedJob,
     checksum,
 )
-from ._subproblems import Linearised, Products, TallSubproblem, WideSubproblem, solved
+from ._subproblems import (
+    Linearised,
+    Products,
+    TallSubproblem,
+    WideSubproblem,
+    factorized,
+    solved,
+)
 
 WAYS = ("factors", "vmap", "graph")
 # What copy.deepcopy raises for objects that cannot be copied.
@@ -353,7 +360,10 @@ class ShardedProducts:
 
 
 class ShardedTallSubproblem(TallSubproblem):
-    """Normal equations whose geodesic acceleration is added up in the shards too."""
+    """Normal equations whose geodesic acceleration is added up in the shards too.
+
+    Legate factors a large matrix where that pays.
+    """
 
     def __init__(
         self,
@@ -366,6 +376,23 @@ class ShardedTallSubproblem(TallSubproblem):
     ) -> None:
         super().__init__(gram, grad, x, x.new_empty(0), products, decay, None)
         self._curved = curved
+
+    def solve(self, damping: float) -> Tensor:
+        """Step p (n,)."""
+        self._factor = None  # before the next factor takes its memory
+        self._factor = self._factored(damping)
+        return -solved(self._factor, self.grad)
+
+    def _factored(self, damping: float) -> Tensor:
+        from lmsolve.legate import _cholesky
+
+        if _cholesky.pays(self.gram.shape[0]):
+            A = self.gram.clone()
+            A.diagonal().add_(damping)
+            made = _cholesky.LegateCholesky(A.cpu().numpy())
+            if made.reproduces(A.cpu().numpy()):
+                return torch.from_numpy(made.factor).to(self.gram.device)
+        return factorized(self.gram, damping)
 
     def acceleration(self, p: Tensor) -> Tensor | None:
         """Geodesic acceleration (n,) of the last step."""
