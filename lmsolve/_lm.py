@@ -29,7 +29,7 @@ import numpy as np
 
 from . import _trust
 from ._bounds import Box
-from ._damping import ACCEPT, Damping, interpolated
+from ._damping import ACCEPT, GOOD, Damping, interpolated
 from ._linalg import LinAlgError
 from ._problem import LeastSquaresProblem
 from ._state import LMState
@@ -57,6 +57,9 @@ VANISHING = 1e-12
 POLISH_STEPS, MEMORY = 20, 5
 #: A Gauss-Newton step that fails casts doubt on the convergence if it is larger than this.
 SETTLED = 1e-6
+#: A radius that had become too short for its good steps grows by this, and a scale is stale where
+#: every column is shorter than this share of it.
+LET_OUT, STALE = 1e3, 1e-3
 #: How often a run that a test declared converged may find out that it was not.
 DOUBTS = 10
 #: Central differences replace one-sided ones where these would move a parameter by this share.
@@ -426,9 +429,33 @@ class LevenbergMarquardt:
             return new._replace(fired=0, polished=0, trail=(), damping=Damping(radius))
         state = state._replace(accepted=False, polished=0, trail=())
         if not settled and state.doubts < DOUBTS and self._can_move(xp, state, precision):
-            return state._replace(fired=0, doubts=state.doubts + 1)
+            return self._doubted(xp, state)
         never = state.nit == 0 and state.ratio == -math.inf  # no trial had a finite cost
         return state._replace(status=STUCK if never else state.fired)
+
+    def _doubted(self, xp: Namespace, state: LMState) -> LMState:
+        """The state of a run that is not converged after all, on its way again.
+
+        Where short good steps had fired, the radius was short, not the way: it is let out. A scale
+        that is stale as a whole (the columns were far longer where the run began) is brought back
+        to them with the radius, which leaves the trust region as it is and the damping its unit.
+        """
+        radius, scale, point = state.damping.radius, state.scale, state.point
+        if state.fired in (XTOL, BOTH) and state.ratio >= GOOD:
+            radius *= LET_OUT
+        norms = point.subproblem.norms
+        if self.x_scale is None and norms is not None and scale is not None:
+            (share,) = to_floats(_largest_ratio(xp, norms, point.D))
+            if 0.0 < share < STALE:
+                radius, scale = radius * share, scale * share
+                point = point._replace(D=point.D * share, d=point.d / share)
+        return state._replace(
+            fired=0,
+            doubts=state.doubts + 1,
+            scale=scale,
+            damping=state.damping._replace(radius=radius),
+            point=point,
+        )
 
     def _can_move(self, xp: Namespace, state: LMState, precision: float) -> bool:
         """Whether a step within the trust radius would change x at all."""
