@@ -33,6 +33,7 @@ from ._xp import (
     copied,
     eps,
     is_complex,
+    is_first_rank,
     is_numpy,
     to_numpy,
 )
@@ -256,6 +257,7 @@ class Fit:
         if isinstance(problem, Problem):
             problem.norms_needed = isinstance(x_scale, str)
         notify = _hooks.notifier(callback)
+        speaks = verbose > 0 and is_first_rank()
         history: list[_history.Iteration] = []
         with _hooks.Workers(self.options.workers, problem):
             if resume is None:
@@ -264,7 +266,7 @@ class Fit:
                 state = solver.resume(problem, resume.moved(x))
             else:
                 raise TypeError(f"`resume` must be an LMState, got {type(resume).__name__}.")
-            if verbose == 2:
+            if speaks and verbose == 2:
                 print(_history.HEADER)
             first_cost = state.cost
             if resume is None and notify is None and verbose < 2 and self._is_tiny(solver):
@@ -275,7 +277,7 @@ class Fit:
                 state = solver.step(problem, state)
                 if state.nfev > before.nfev:  # the last step may end the run without a trial
                     history.append(_history.iteration(state, _history.is_polish(before, state)))
-                    if verbose == 2:
+                    if speaks and verbose == 2:
                         print(_history.line(history[-1]))
                 if (
                     state.nit > before.nit
@@ -286,7 +288,7 @@ class Fit:
             if state.point.subproblem is None:
                 state = solver.linearize(problem, state)
             result = self._result(problem, state, history, solver)
-        if verbose:
+        if speaks:
             print(result.message)
             print(
                 f"Function evaluations {result.nfev}, initial cost {first_cost:.4e}, final cost "

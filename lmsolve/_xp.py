@@ -75,6 +75,12 @@ def is_torch(a: object) -> bool:
     return bool(array_api_compat.is_torch_array(a))
 
 
+def is_first_rank() -> bool:
+    """Whether this process is the one that prints: the only one, or rank 0 under Legate."""
+    core: Any = sys.modules.get("legate.core")
+    return core is None or core.get_legate_runtime().node_id == 0
+
+
 def to_floats(*scalars: Array) -> list[float]:
     """Host values of 0-d arrays, in one transfer: the solver's only synchronisation."""
     if isinstance(scalars[0], np.generic) or all(isinstance(s, float) for s in scalars):

@@ -1,6 +1,8 @@
 """The front door: every form of problem that it takes, and the result that it gives back."""
 
 import pickle
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -507,3 +509,12 @@ def test_a_trial_that_overflows_is_rejected_in_silence(size, loss):
     assert [i.accepted for i in result.history[:3]] == [False, False, True]
     expected = least_squares(DECAY.fun, BEST.x, DECAY.jac, loss=loss)
     np.testing.assert_allclose(result.x, expected.x, rtol=1e-7)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_the_first_rank_prints(monkeypatch, capsys, rank):
+    runtime = types.SimpleNamespace(node_id=rank)
+    core = types.SimpleNamespace(get_legate_runtime=lambda: runtime)
+    monkeypatch.setitem(sys.modules, "legate.core", core)
+    least_squares(lambda x: x - 1, [3.0], verbose=2)
+    assert bool(capsys.readouterr().out) == (rank == 0)
