@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import scipy.optimize
 from scipy.linalg import qr, solve_triangular
+from scipy.linalg.lapack import dposv
 from scipy.optimize import OptimizeWarning
 
 from . import _validate
 from ._fit import UNBOUNDED
 from ._least_squares import least_squares
-from ._linalg import Cholesky, spd_matrix
 from ._result import LeastSquaresResult
 from ._subproblem import NormalEquations
-from ._xp import Array, array_namespace, convert, is_array, to_numpy
+from ._xp import Array, all_finite, convert, is_array, is_foreign, to_numpy
 
 #: Smallest squared pivot of the scaled normal matrix that `_well_conditioned` takes.
 QUICK = 1e-5
@@ -160,7 +160,8 @@ def curve_fit(
     if names is not None and len(names) != n:
         names = None
     start = _validate.parameters(start, "p0")
-    _check_number(f, n)
+    if names is None or f.__class__ is not FunctionType or f.__kwdefaults__:
+        _check_number(f, n)
     _check_inside(start, bounds, n)
     xdata, ydata, sigma = _data(xdata, ydata, sigma, check_finite, nan_policy)
     whiten = _whitening(sigma, ydata)
@@ -169,12 +170,11 @@ def curve_fit(
     result = least_squares(
         residual, start, derivative, bounds, names=names, **_translated(kwargs, n)
     )
-    if not result.success:
+    if result["status"] <= 0:
         raise RuntimeError("Optimal parameters not found: " + result.message)
-    context = replace(result._context, absolute_sigma=absolute_sigma)
-    object.__setattr__(result, "_context", context)
+    result._context.absolute_sigma = absolute_sigma
     pcov = _pcov(result, absolute_sigma)
-    popt: Any = result.x
+    popt = result["x"]
     values: tuple[Any, ...] = (popt, pcov)
     if full_output:
         values = (popt, pcov, _info(result), result.message, result.status)
@@ -192,11 +192,15 @@ class _Residual:
     def __call__(self, p: Array) -> Array:
         """Residuals (m,)."""
         values = self.f(self.xdata, *p)
-        if values is None:
-            raise TypeError("`f` must return an array of the shape of `ydata`, got None.")
         try:
             r = values - self.ydata
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
+            if values is None:
+                raise TypeError(
+                    "`f` must return an array of the shape of `ydata`, got None."
+                ) from None
+            if isinstance(error, TypeError):
+                raise
             raise ValueError(
                 f"`f` must return an array of the shape of `ydata`, {tuple(self.ydata.shape)}, "
                 f"got {np.shape(values)}."
@@ -253,9 +257,6 @@ def _parameter_names(f: Any) -> list[str] | None:
 
 def _check_number(f: Any, n: int) -> None:
     """TypeError unless f can be called with the data and n parameters."""
-    names = _parameter_names(f)
-    if type(f) is FunctionType and names is not None and len(names) == n and not f.__kwdefaults__:
-        return
     try:
         signature = inspect.signature(f)
     except (TypeError, ValueError):
@@ -286,8 +287,8 @@ def _check_inside(p0: Any, bounds: Any, n: int) -> None:
 def _start(p0: Any, names: list[str] | None, bounds: Any, ydata: Any) -> tuple[Any, int]:
     """p0 and its length."""
     if p0 is not None:
-        p0 = p0 if is_array(p0) else np.atleast_1d(np.asarray(p0))
-        return p0, int(np.prod(p0.shape)) if p0.ndim else 1
+        p0 = p0 if is_array(p0) else np.atleast_1d(p0)
+        return p0, math.prod(p0.shape)
     if not names:
         raise ValueError(
             "`p0` must be given: Unable to determine number of fit parameters from `f`, got "
@@ -296,7 +297,7 @@ def _start(p0: Any, names: list[str] | None, bounds: Any, ydata: Any) -> tuple[A
     n = len(names)
     lb, ub = _validate.host_bounds(bounds, n)
     start = _feasible(lb, ub)
-    if is_array(ydata) and not isinstance(ydata, np.ndarray | np.generic):
+    if is_foreign(ydata):
         start = convert(start, ydata)
     return start, n
 
@@ -322,7 +323,7 @@ def _data(
             f"nan_policy must be one of {{None, 'raise', 'omit'}}, got `nan_policy={nan_policy!r}`."
         )
     check = nan_policy is None if check_finite is None else check_finite
-    if is_array(ydata) and not isinstance(ydata, np.ndarray | np.generic):
+    if is_foreign(ydata):
         _finite(ydata, "ydata", check)
         return xdata, ydata, sigma
     y = _floats(ydata, "ydata", check)
@@ -355,8 +356,7 @@ def _floats(a: Any, name: str, check: bool) -> np.ndarray:
 
 
 def _finite(a: Array, name: str, check: bool) -> None:
-    xp = array_namespace(a)
-    if check and not bool(xp.all(xp.isfinite(a))):
+    if check and not all_finite(a):
         bad = int(np.sum(~np.isfinite(to_numpy(a))))
         raise ValueError(f"`{name}` must not contain infs or NaNs, got {bad}.")
 
@@ -385,7 +385,7 @@ def _whitening(sigma: Any, ydata: Array) -> Any:
     """What turns residuals into ones of unit variance, or None."""
     if sigma is None:
         return None
-    if is_array(sigma) and not isinstance(sigma, np.ndarray | np.generic):
+    if is_foreign(sigma):
         return _Weights(sigma)
     sigma = np.asarray(sigma)
     if sigma.dtype.kind not in "biuf":
@@ -446,15 +446,15 @@ def _pcov(result: LeastSquaresResult, absolute_sigma: bool) -> np.ndarray:
     Parameters at a bound count as free, as in SciPy, unless the data do not determine them there.
     """
     context = result._context
-    if context.loss is None and result.state is not None and not context.held.any():
+    if context.loss is None and not context.held.any():
         quick = _well_conditioned(result, absolute_sigma)
         if quick is not None:
             return quick
-    object.__setattr__(result, "_context", replace(context, held=context.lb == context.ub))
+    held, context.held = context.held, context.lb == context.ub
     try:
         cov = result.uncertainty(absolute_sigma=absolute_sigma).covariance
     finally:
-        object.__setattr__(result, "_context", context)
+        context.held = held
     if context.held.any() and not np.isfinite(cov).all():
         cov = result.uncertainty(absolute_sigma=absolute_sigma).covariance
     if not np.isfinite(cov).all():
@@ -473,24 +473,15 @@ def _well_conditioned(result: LeastSquaresResult, absolute_sigma: bool) -> np.nd
     Relative errors are about ``eps / pivot``; a fifth of the time of `uncertainty`, which takes
     more of it than the rest of a small fit.
     """
-    sub, J = result.state.point.subproblem, result.jac
+    sub, J = result["state"].point.subproblem, result["jac"]
     if type(J) is not np.ndarray or type(sub) is not NormalEquations or J.shape[0] <= J.shape[1]:
         return None
-    if not sub.norms.all():
+    L, inverse, info = dposv(sub.gram, np.eye(J.shape[1]), lower=1)
+    if info != 0 or ((L.diagonal() / sub.norms) ** 2).min() < QUICK:
         return None
-    d = 1.0 / sub.norms
-    try:
-        factor = Cholesky(np, spd_matrix(np, sub.gram, d))
-    except np.linalg.LinAlgError:
-        return None
-    if factor.pivot < QUICK:
-        return None
-    cov = factor.inverse()
-    cov *= d
-    cov *= d[:, None]
     if not absolute_sigma:
-        cov *= 2.0 * result.cost / (J.shape[0] - J.shape[1])
-    return cov
+        inverse *= 2.0 * result["cost"] / (J.shape[0] - J.shape[1])
+    return np.asarray(inverse)
 
 
 def _scipy_curve_fit(

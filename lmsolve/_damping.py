@@ -28,13 +28,14 @@ class Damping(NamedTuple):
         """After the first solve: a radius beyond the first step says nothing about the model."""
         return self._replace(radius=min(self.radius, length))
 
-    def updated(self, ratio: float, length: float, shrink: float) -> Damping:
-        """After a trial of gain ``ratio`` and scaled ``length``; ``shrink`` from `interpolated`."""
-        if ratio <= POOR:
-            return Damping(shrink * min(self.radius, 10.0 * length), self.mu / shrink)
-        if self.mu == 0.0 or ratio >= GOOD:
-            return Damping(2.0 * length, 0.5 * self.mu)
-        return self
+
+def updated(radius: float, mu: float, ratio: float, length: float, shrink: float) -> Damping:
+    """After a trial of gain ``ratio`` and scaled ``length``; ``shrink`` from `interpolated`."""
+    if ratio <= POOR:
+        return Damping(shrink * min(radius, 10.0 * length), mu / shrink)
+    if mu == 0.0 or ratio >= GOOD:
+        return Damping(2.0 * length, 0.5 * mu)
+    return Damping(radius, mu)
 
 
 def interpolated(actual: float, slope: float, cost: float, cost_new: float) -> float:

@@ -89,7 +89,7 @@ class Fit:
         self.box: _bounds.Box | None = None
         n = x.shape[0]
         if bounds is UNBOUNDED and fixed is None:
-            self.lb, self.ub = np.full(n, -np.inf), np.full(n, np.inf)
+            self.lb, self.ub = _validate.unbounded(n)
         elif self.complex_x:
             self.box, self.lb, self.ub = _validate.box(UNBOUNDED, fixed, x)
         else:
@@ -130,7 +130,7 @@ class Fit:
         )
         jac: Callable[[Array], Any] | None = None
         if callable(o.jac):
-            jac = partial(_call, o.jac, args, fun.kwargs)
+            jac = UserFunction(o.jac, args, fun.kwargs, "jac").raw
         if hasattr(first, "__next__"):
             return self._streamed(fun, jac, loss), None
         r0 = fun.residuals(first, self.x0)
@@ -152,8 +152,7 @@ class Fit:
                 "`jac` must be a callable that iterates over (residuals, rows) blocks where `fun` "
                 f"iterates over blocks of residuals, got {self.options.jac!r}."
             )
-        blocks = partial(_call, fun.function, fun.args, fun.kwargs)
-        return StreamedProblem(self.xp, blocks, jac, loss)
+        return StreamedProblem(self.xp, fun.raw, jac, loss)
 
     def _array_problem(self, fun: Any, jac: Any, r0: Array, loss: Any) -> tuple[Problem, Array]:
         """Problem of arrays; its residuals are checked and brought to the dtype of x0."""
@@ -186,7 +185,7 @@ class Fit:
             dense=o.dense,
             m=r0.shape[0],
             nfev=1,
-            _first=r0,
+            first=r0,
         )
         return problem, copied(r0)
 
@@ -200,9 +199,9 @@ class Fit:
 
     def _differences(self, jac: Any, precision: float) -> Differences:
         o = self.options
-        host = to_numpy(self.x0).astype(float)
-        typical = np.where(host != 0, np.abs(host), 1.0)
-        step = _validate.difference_step(o.diff_step, host.shape[0])
+        typical = np.abs(to_numpy(self.x0).astype(float))
+        typical[typical == 0] = 1.0
+        step = _validate.difference_step(o.diff_step, typical.shape[0])
         bounded = self.box is not None
         held = (self.lb == self.ub) if bounded else None
         return Differences(
@@ -270,8 +269,7 @@ class Fit:
                 print(_history.HEADER)
             first_cost = state.cost
             if resume is None and notify is None and verbose < 2 and self._is_tiny(solver):
-                record = _history.recorder(history)
-                state = Descent(solver, problem, state, record).run()
+                state = Descent(solver, problem, state, history).run()
             while state.status is None:
                 before = state
                 state = solver.step(problem, state)
@@ -422,11 +420,6 @@ def _refit(
     while state.status is None:
         state = run.step(problem, state)
     return state.cost, to_numpy(state.x).astype(float)
-
-
-def _call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Any, x: Array) -> Any:
-    """A user's function with its extra arguments; it may write into its x."""
-    return function(x.copy() if type(x) is np.ndarray else x, *args, **kwargs)
 
 
 def _cast(fun: Callable[[Array], Array], dtype: Any, xp: Namespace) -> Callable[[Array], Array]:

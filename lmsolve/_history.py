@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ._state import LMState
 
@@ -61,16 +60,6 @@ def iteration(state: LMState, polishing: bool) -> Iteration:
 def is_polish(before: LMState, after: LMState) -> bool:
     """Whether the trial between two states was a polishing one; the test may fire on the way."""
     return bool(before.fired or after.polished > before.polished or after.doubts > before.doubts)
-
-
-def recorder(history: list[Iteration]) -> Callable[..., None]:
-    """What `Descent` reports its trials to."""
-
-    def record(*values: Any) -> None:
-        polishing = values[8] if len(values) > 8 else False
-        history.append(Iteration(*(*values[:8], polishing, False)))
-
-    return record
 
 
 HEADER = (

@@ -53,13 +53,6 @@ class Cholesky:
         if not self.pivot > 0:
             raise LinAlgError("the matrix is singular or not finite")
 
-    def inverse(self) -> np.ndarray:
-        """Inverse (n, n) of a NumPy matrix."""
-        potri = lapack.spotri if self._factor.dtype == np.float32 else lapack.dpotri
-        lower = np.tril(potri(self._factor, lower=1)[0])
-        inverse: np.ndarray = lower + np.tril(lower, -1).T
-        return inverse
-
     def solve(self, b: Array) -> Array:
         """Solution (n,) of ``A y = b``."""
         if self._xp is np:

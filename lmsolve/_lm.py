@@ -29,7 +29,7 @@ import numpy as np
 
 from . import _trust
 from ._bounds import Box
-from ._damping import ACCEPT, GOOD, Damping, interpolated
+from ._damping import ACCEPT, GOOD, Damping, interpolated, updated
 from ._linalg import LinAlgError
 from ._problem import LeastSquaresProblem
 from ._state import LMState
@@ -326,9 +326,8 @@ class LevenbergMarquardt:
         )
         actual = state.cost - cost_new if math.isfinite(cost_new) else -math.inf
         ratio = actual / predicted if predicted > 0 else 0.0
-        damping = Damping(damping.radius, step.mu).updated(
-            ratio, step.length, interpolated(actual, slope, state.cost, cost_new)
-        )
+        shrink = interpolated(actual, slope, state.cost, cost_new)
+        damping = updated(damping.radius, step.mu, ratio, step.length, shrink)
         accepted = ratio > ACCEPT
         new = state._replace(
             nfev=state.nfev + 1,

@@ -33,7 +33,7 @@ Evaluate = Callable[[Array], Array]
 Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Differences:
     """How to difference: ``kind`` is '2-point', '3-point' or 'cs'.
 
@@ -105,8 +105,10 @@ class Differences:
         """The steps of `steps`, in Python floats: a microsecond where NumPy takes ten."""
         steps = []
         for value, typical in zip(x.tolist(), self.typical.tolist()):
-            size = max(abs(value), FLOOR * typical)
-            h = math.copysign(2.0**-26 * size, value)
+            h = 2.0**-26 * value
+            least = 2.0**-26 * FLOOR * typical
+            if -least < h < least:
+                h = math.copysign(least, value)
             steps.append((value + h) - value or math.ulp(value))
         return steps
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from types import FunctionType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -67,9 +68,21 @@ class UserFunction:
 
     def __call__(self, x: Array) -> Array:
         """Residuals (m,) at x (n,); a scalar becomes one residual."""
+        return self.residuals(self.raw(x), x)
+
+    def raw(self, x: Array) -> Any:
+        """What the function returns at x (n,), whatever it is."""
         if type(x) is np.ndarray:
             x = x.copy()  # the user may write into its argument
-        return self.residuals(self.function(x, *self.args, **self.kwargs), x)
+        return self.function(x, *self.args, **self.kwargs)
+
+    def bare(self) -> Callable[[Array], Any]:
+        """The function of x alone, for a loop that copies x and sees to the value itself."""
+        if self.args or self.kwargs:
+            return self.raw
+        # A method is called faster than the object whose call it is.
+        method = vars(type(self.function)).get("__call__")
+        return method.__get__(self.function) if isinstance(method, FunctionType) else self.function
 
     def residuals(self, r: Any, x: Array) -> Array:
         """``r`` as an array (m,) of the kind of x."""
@@ -198,7 +211,7 @@ class Problem:
     J: Any = None
     nfev: int = 0
     njev: int = 0
-    _first: Any = None  # what `fun` returned first: some fill this array at every call
+    first: Any = None  # what `fun` returned first: some fill this array at every call
     _pending: Any = None
     _memory: dict[str, Any] = field(default_factory=dict)
     _buffer: Any = None
@@ -207,11 +220,11 @@ class Problem:
         """Residuals r (m,) at x (n,); one evaluation."""
         self.nfev += 1
         r = self.fun(x)
-        if self._first is None or r is self._first:
-            self._first = r
+        if self.first is None or r is self.first:
+            self.first = r
             r = copied(r)
         else:
-            self._first = False  # every call makes an array of its own
+            self.first = False  # every call makes an array of its own
         if self.m is not None and r.shape[0] != self.m:
             raise _other_length("fun", self.m, r.shape[0])
         return r
@@ -228,8 +241,11 @@ class Problem:
         if self._pending is not None:
             J, self._pending = self._pending, None
             return J
+        return self.taken(self._differenced(x, r) if self.jac is None else self.jac(x), x, r)
+
+    def taken(self, J: Any, x: Array, r: Array) -> Any:
+        """A Jacobian that was just made at x (n,), checked and kept."""
         self.njev += 1
-        J = self._differenced(x, r) if self.jac is None else self.jac(x)
         if type(J) is not np.ndarray or J.ndim != 2 or self.J is None or J.dtype != x.dtype:
             if hasattr(J, "__next__"):
                 return J

@@ -15,7 +15,7 @@ from ._uncertainty import Curvature, Uncertainty
 from ._xp import is_numpy, to_numpy
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Context:
     """What a result remembers of its fit for later questions; not pickled with it."""
 

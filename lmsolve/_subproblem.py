@@ -55,7 +55,7 @@ class Subproblem(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Rows:
     """J (m, n) as the user gave it, with the weights (m,) of a robust loss, if any.
 
@@ -107,9 +107,16 @@ class NormalEquations:
     With ``rows`` it goes over to QR when the normal matrix turns out ill-conditioned.
     """
 
-    def __init__(self, xp: Namespace, gram: Array, grad: Array, rows: Rows | None = None) -> None:
+    def __init__(
+        self,
+        xp: Namespace,
+        gram: Array,
+        grad: Array,
+        rows: Rows | None = None,
+        norms: Array | None = None,
+    ) -> None:
         self.grad = grad
-        self.norms = xp.sqrt(diagonal(xp, gram))
+        self.norms = xp.sqrt(diagonal(xp, gram)) if norms is None else norms
         self.escalated = False
         self.pivot = 0.0
         self._xp = xp

@@ -12,14 +12,14 @@ something does: an ill-conditioned or singular system, a NaN, a polish of more t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.linalg.blas import ddot
 from scipy.linalg.lapack import dposv
 
-from ._damping import ACCEPT, POOR, Damping, interpolated
+from ._damping import ACCEPT, POOR, Damping, interpolated, updated
+from ._history import Iteration
 from ._lm import (
     BOTH,
     DIFFERENCE_ERROR,
@@ -35,13 +35,19 @@ from ._lm import (
     difference_share,
     first_radius,
 )
-from ._problem import Problem
+from ._problem import Problem, UserFunction
 from ._state import LMState
 from ._subproblem import ESCALATE, NormalEquations, Rows
 from ._trust import ITERATIONS
 
 #: Beyond this many parameters LAPACK is faster (measured: the curves cross at n = 7).
 PARAMETERS = 6
+
+#: A Jacobian by differences is right to about one of their steps: it is not taken anew for the
+#: last look at a converged fit if no parameter has moved by more than this many steps.
+NEAR = 10.0
+
+FLOAT = np.dtype(float)
 
 Vector = list[float]
 Factor = list[Vector]
@@ -173,18 +179,23 @@ def first_scale(norms: Vector, x: Vector) -> Vector:
 class Linearisation:
     """J'J and J'r at one point; the scaled lists of `damped` are made when they are asked for."""
 
-    __slots__ = ("D", "G", "_scaled", "g", "gradient", "norms", "usable")
+    __slots__ = ("D", "G", "_scaled", "g", "gradient", "norms", "pivots", "steepest")
 
     def __init__(self, J: np.ndarray, r: np.ndarray, scale: Vector | None, x: np.ndarray) -> None:
-        self.G = J.T.dot(J)
-        self.gradient = J.T.dot(r)
+        T = J.T
+        self.G = G = T.dot(J)
+        self.gradient = T.dot(r)
         self.g: Vector = self.gradient.tolist()
-        self.norms = norms = [math.sqrt(v) for v in self.G.diagonal().tolist()]
+        self.norms = norms = [math.sqrt(v) for v in G.diagonal().tolist()]
+        #: The largest |g_j| / |J_j|; NaN, which no test lets through, if a column is zero or bad.
+        self.steepest = math.nan
+        if min(norms) > 0.0 and sum(norms) < math.inf:  # a sum keeps a NaN
+            self.steepest = max([abs(gj) / v for gj, v in zip(self.g, norms)])
         if scale is None:
             self.D = first_scale(norms, x.tolist())
         else:
             self.D = [v if v > FADE * s else FADE * s for s, v in zip(scale, norms)]
-        self.usable = min(norms) > 0.0 and math.isfinite(sum(norms))  # a sum keeps a NaN
+        self.pivots: Vector = []
         self._scaled: tuple[list[Vector], Vector] | None = None
 
     def scaled(self) -> tuple[list[Vector], Vector]:
@@ -198,12 +209,8 @@ class Linearisation:
             self._scaled = A, [-gi / Di for gi, Di in zip(self.g, D)]
         return self._scaled
 
-    def is_flat(self, threshold: float) -> bool:
-        """Whether |g_j| <= threshold |J_j| for every column j."""
-        return all(abs(gi) <= threshold * v for gi, v in zip(self.g, self.norms))
-
-    def gauss_newton(self, radius: float) -> tuple[np.ndarray, float, float] | None:
-        """Step p (n,), |D p| and the model decrease, if it ends in the radius; else None.
+    def gauss_newton(self) -> tuple[np.ndarray, float, float] | None:
+        """Negative step -p (n,), |D p| and twice the model decrease; None if ill-conditioned.
 
         Cholesky's factor is as accurate without the scaling as with it (van der Sluis 1969), so
         one call of LAPACK on J'J does; its pivots are judged by the scaled ones.
@@ -211,17 +218,29 @@ class Linearisation:
         L, p, info = dposv(self.G, self.gradient, lower=1)
         if info != 0:
             return None
-        for v, norm in zip(L.diagonal().tolist(), self.norms):
+        self.pivots = L.diagonal().tolist()
+        square = decrease = 0.0
+        for v, norm, pj, gj, Dj in zip(self.pivots, self.norms, p.tolist(), self.g, self.D):
             if v * v < ESCALATE * norm * norm:
                 return None
-        length = decrease = 0.0
-        for pi, gi, Di in zip(p.tolist(), self.g, self.D):
-            decrease += pi * gi
-            length += (pi * Di) * (pi * Di)
-        length = math.sqrt(length)
-        if not length <= 1.1 * radius:
-            return None
-        return -p, length, 0.5 * decrease
+            decrease += pj * gj
+            pj *= Dj
+            square += pj * pj
+        return p, math.sqrt(square), decrease
+
+
+def scaled_norm(x: np.ndarray, D: Vector) -> float:
+    """|D x|."""
+    square = 0.0
+    for v, Dj in zip(x.tolist(), D):
+        v *= Dj
+        square += v * v
+    return math.sqrt(square)
+
+
+def _as_it_is(r: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Residuals that were checked already."""
+    return r
 
 
 class Descent:
@@ -232,167 +251,215 @@ class Descent:
         solver: LevenbergMarquardt,
         problem: Problem,
         state: LMState,
-        record: Callable[..., None],
+        history: list[Iteration],
     ) -> None:
-        self.solver, self.problem, self.record = solver, problem, record
-        self.state = state
+        self.solver, self.problem, self.history = solver, problem, history
         self.x, self.r, self.cost = state.x, state.point.residual, state.cost
         self.damping = state.damping
         self.nfev, self.njev, self.nit = state.nfev, state.njev, state.nit
         self.fired, self.value, self.limit = state.fired, 0.0, 0.0
         self.scale = None if state.scale is None else state.scale.tolist()
-        self.polished = 0
-        self.size = 0.0
+        self.size, self.length, self.polished, self.rate = 0.0, math.inf, 0, 1.0
         self.trail: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
+        fun = problem.fun
+        self.function, self.checked = fun, _as_it_is
+        if isinstance(fun, UserFunction):
+            self.function, self.checked = fun.bare(), fun.residuals
+        self.shape = self.r.shape
+        diff = problem.differences
+        self.differences = diff if diff is not None and diff.is_plain() else None
+        made_by = getattr(problem.jac, "__self__", None)
+        self.derivative = made_by.bare() if isinstance(made_by, UserFunction) else None
+        self.error = problem.derivative_error()
+        self.columns: list[np.ndarray] = []
+        self.before = self.x
 
     def run(self) -> LMState:
         """The state at which the run ended, or at which the general solver is to go on."""
-        problem, solver = self.problem, self.solver
+        problem, gtol = self.problem, self.solver.gtol
         while True:
-            J = problem.jacobian(self.x, self.r)
+            J = self._jacobian()
             if type(J) is not np.ndarray or J.shape[0] < J.shape[1]:
                 problem.reuse(J)
                 return self._state()
             self.njev += 1
             lin = Linearisation(J, self.r, self.scale, self.x)
-            if not lin.usable:
+            if lin.steepest <= gtol * (rnorm := math.sqrt(2.0 * self.cost)) and not self.fired:
+                self.fired, self.limit = GTOL, gtol
+                self.value = lin.steepest / rnorm if rnorm else 0.0
+            elif not lin.steepest < math.inf:
                 return self._general(J, lin)
             self.scale = lin.D
             if self.damping.radius == 0.0:
-                self._first_radius(lin.D)
-            if self.cost == 0.0 or lin.is_flat(solver.gtol * math.sqrt(2.0 * self.cost)):
-                if self.cost == 0.0 or lin.is_flat(0.0):
-                    return self._ended(J, lin, GTOL)
-                if not self.fired:
-                    self._gradient_fired(lin)
+                self.size = scaled_norm(self.x, lin.D)
+                self.damping = Damping(first_radius(self.size, self.cost))
+            if lin.steepest == 0.0:
+                return self._ended(J, lin, GTOL)
             moved = self._polish(lin) if self.fired else self._trials(lin)
             if moved is None:
                 return self._general(J, lin)
             if not moved:
                 return self._ended(J, lin, self.fired)
-
-    def _gradient_fired(self, lin: Linearisation) -> None:
-        rnorm = math.sqrt(2.0 * self.cost)
-        cosine = max(abs(gi) / v for gi, v in zip(lin.g, lin.norms)) / rnorm
-        self.fired, self.value, self.limit = GTOL, cosine, self.solver.gtol
-
-    def _first_radius(self, D: Vector) -> None:
-        self.size = math.sqrt(sum((v * Di) ** 2 for v, Di in zip(self.x.tolist(), D)))
-        self.damping = Damping(first_radius(self.size, self.cost))
+            if self.fired and not self.polished and self._stayed_near():
+                lin = Linearisation(J, self.r, self.scale, self.x)
+                if lin.steepest < math.inf and self._polish(lin) is False:
+                    return self._ended(J, lin, self.fired)
 
     def _trials(self, lin: Linearisation) -> bool | None:
         """Trials at one x until one is accepted: True; None leaves it to the general solver."""
-        while True:
-            if self.nfev >= self.solver.max_nfev:
-                return None
-            undamped = lin.gauss_newton(self.damping.radius)
-            if undamped is not None:
-                step, length, predicted = undamped
-                mu, slope = 0.0, -2.0 * predicted
+        undamped = lin.gauss_newton()
+        if undamped is None:
+            return None
+        solver, x, cost = self.solver, self.x, self.cost
+        while self.nfev < solver.max_nfev:
+            radius, mu = self.damping.radius, 0.0
+            back_step, length, slope = undamped
+            if length <= 1.1 * radius:
+                predicted, slope = 0.5 * slope, -slope
+                x_new = x - back_step
             else:
-                trial = damped(*lin.scaled(), self.damping.radius)
+                trial = damped(*lin.scaled(), radius)
                 if trial is None:
                     return None
                 q, length, mu, slope, predicted = trial
-                step = np.array([v / Di for v, Di in zip(q, lin.D)])
-            damping = self.damping.first(length) if self.nfev == 1 else self.damping
-            x_new = self.x + step
+                x_new = x + np.array([v / Dj for v, Dj in zip(q, lin.D)])
+            if self.nfev == 1:
+                radius = min(radius, length)  # as `Damping.first`
             r_new, cost_new = self._evaluate(x_new)
-            actual = self.cost - cost_new if math.isfinite(cost_new) else -math.inf
-            ratio = actual / predicted if predicted > 0 else 0.0
-            shrink = interpolated(actual, slope, self.cost, cost_new) if ratio <= POOR else 1.0
-            self.damping = Damping(damping.radius, mu).updated(ratio, length, shrink)
+            actual = cost - cost_new if cost_new < math.inf else -math.inf
+            ratio = actual / predicted if predicted > 0.0 else 0.0
+            shrink = interpolated(actual, slope, cost, cost_new) if ratio <= POOR else 1.0
+            self.damping = damping = updated(radius, mu, ratio, length, shrink)
             accepted = ratio > ACCEPT
-            old_cost = self.cost
             if accepted:
+                self.before = x
                 self.x, self.r, self.cost = x_new, r_new, cost_new
                 self.nit += 1
-            self.record(self.nfev, self.nit, self.cost, accepted, ratio, *self.damping, length)
-            self._tests(lin.D, length, ratio, actual, predicted, old_cost)
+            self.history.append(
+                Iteration(
+                    self.nfev, self.nit, self.cost, accepted, ratio, *damping, length, False, False
+                )
+            )
+            # The convergence tests; |D x| is worked out only where it could matter.
+            decrease = abs(actual) if abs(actual) > predicted else predicted
+            flat = decrease <= solver.ftol * cost and ratio <= 2.0
+            short = min(length, damping.radius)
+            if flat or short <= 100.0 * solver.xtol * self.size:
+                self._tests(lin.D, short, decrease, flat, cost)
             if accepted:
                 return True
             if self.fired:
-                return None
+                break
+        return None
 
-    def _evaluate(self, x: np.ndarray) -> tuple[np.ndarray, float]:
-        r = self.problem.residual(x)
-        self.nfev += 1
-        return r, 0.5 * ddot(r, r)  # BLAS itself: NumPy would warn of a trial that overflows
-
-    def _tests(
-        self,
-        D: Vector,
-        length: float,
-        ratio: float,
-        actual: float,
-        predicted: float,
-        old_cost: float,
-    ) -> None:
-
+    def _tests(self, D: Vector, short: float, decrease: float, flat: bool, cost: float) -> None:
+        """The convergence tests of `_lm`, for a trial that is ``flat`` or may be too short."""
         solver = self.solver
-        decrease = max(abs(actual), predicted)
-        flat = decrease <= solver.ftol * old_cost and ratio <= 2.0
-        short = min(length, self.damping.radius)
-        if not flat and short > 100.0 * solver.xtol * self.size:
-            return  # far from both
-        size = self.size = math.sqrt(sum((v * Di) ** 2 for v, Di in zip(self.x.tolist(), D)))
-        reach = solver.xtol * size
-        if short <= reach and solver.xtol:
+        size = self.size = scaled_norm(self.x, D)
+        if short <= solver.xtol * size and solver.xtol:
             self.fired = BOTH if flat else XTOL
             self.value, self.limit = (short / size if size else 0.0), solver.xtol
         elif flat:
-            self.fired, self.value, self.limit = FTOL, decrease / old_cost, solver.ftol
+            self.fired, self.value, self.limit = FTOL, decrease / cost, solver.ftol
+
+    def _evaluate(self, x: np.ndarray) -> tuple[np.ndarray, float]:
+        r = self.function(x.copy())  # the user may write into its argument
+        if type(r) is not np.ndarray or r.dtype is not FLOAT or r.shape != self.shape:
+            r = self.checked(r, x)
+        if r is self.problem.first:
+            r = r.copy()  # and fill the same array at every call
+        self.nfev += 1
+        return r, 0.5 * ddot(r, r)  # BLAS itself: NumPy would warn of a trial that overflows
+
+    def _jacobian(self) -> Any:
+        """J at x, whatever it is; by one-sided differences in one buffer where these are plain."""
+        x, r, function, shape = self.x, self.r, self.function, self.shape
+        if self.differences is None:
+            return self._given(x, r)
+        if not self.columns:
+            rows = np.empty((x.shape[0], r.shape[0]))
+            self.columns = list(rows)
+            self.problem.J = rows.T
+        for j, (h, column) in enumerate(zip(self.differences.plain_steps(x), self.columns)):
+            point = x.copy()
+            point[j] += h
+            values = function(point)
+            if type(values) is not np.ndarray or values.dtype is not FLOAT or values.shape != shape:
+                values = self.checked(values, x)
+            np.subtract(values, r, column)
+            column /= h
+        return self.problem.J
+
+    def _given(self, x: np.ndarray, r: np.ndarray) -> Any:
+        """The user's J at x, unless it is made otherwise; the first one is looked at closely."""
+        problem = self.problem
+        if self.derivative is None or problem.J is None:
+            return problem.jacobian(x, r)
+        J = self.derivative(x.copy())
+        if type(J) is np.ndarray and J.dtype is FLOAT and J.shape == (r.shape[0], x.shape[0]):
+            problem.J = J
+            return J
+        return problem.taken(J, x, r)
+
+    def _stayed_near(self) -> bool:
+        """Whether the last step was so short that its Jacobian by differences serves here too."""
+        if self.differences is None:
+            return False
+        moves = (self.x - self.before).tolist()
+        reach = NEAR * 2.0**-26
+        return all(abs(v) <= reach * abs(xj) for v, xj in zip(moves, self.x.tolist()))
 
     def _polish(self, lin: Linearisation) -> bool | None:
         """One undamped step: True if taken, False if there is no need, None if unusual."""
-
         if not self.solver.polish:
             return False
-        undamped = lin.gauss_newton(math.inf)
+        if self.polished and self.length * self.rate <= 0.1 * POLISHED and not self.error:
+            return False  # what the next step would change, at the rate of the last two
+        undamped = lin.gauss_newton()
         if undamped is None:
             return None
-        step, _, predicted = undamped
-        p, D, x = step.tolist(), lin.D, self.x.tolist()
+        back_step, length, decrease = undamped
+        predicted, D, x = 0.5 * decrease, lin.D, self.x.tolist()
         rnorm = math.sqrt(2.0 * self.cost)
-        change = max(abs(pj) / (abs(xj) + 1e-4 * rnorm / Dj) for pj, xj, Dj in zip(p, x, D))
-        error = self.problem.derivative_error()
-        if error:
-            found = cholesky(*lin.scaled(), 0.0)
-            if found is None:
-                return None
-            pivot = min(row[-1] for row in found[0]) ** 2
-            smallest = min(abs(xj) * Dj for xj, Dj in zip(x, D))
-            noise = rnorm * difference_share(self.r.shape[0])
-            if error * noise > DIFFERENCE_ERROR * pivot * smallest:
-                return None
-        target = POLISHED if predicted <= self.solver.ftol * self.cost else VANISHING
-        if change <= max(target, error, 8.0 * 2.0**-52):
-            return False
-        if (
-            self.polished
-            or self.nfev >= self.solver.max_nfev
-            or predicted > self.solver.ftol * self.cost
-        ):
+        floor = 1e-4 * rnorm
+        change = max(
+            [abs(pj) / (abs(xj) + floor / Dj) for pj, xj, Dj in zip(back_step.tolist(), x, D)]
+        )
+        error = self.error
+        if error and self._differences_show(lin, x, error * rnorm):
             return None
-        x_new = self.x + step
-        r_new, cost_new = self._evaluate(x_new)
-        size = math.sqrt(sum((xj * Dj) ** 2 for xj, Dj in zip(x, lin.norms)))
-        noise = 8.0 * 2.0**-52 * (self.cost + rnorm * size)
+        converged = predicted <= self.solver.ftol * self.cost
+        if change <= max(POLISHED if converged else VANISHING, error, 8.0 * 2.0**-52):
+            return False
+        if self.polished or self.nfev >= self.solver.max_nfev or not converged:
+            return None
+        step = -back_step
+        r_new, cost_new = self._evaluate(self.x + step)
+        noise = 8.0 * 2.0**-52 * (self.cost + rnorm * scaled_norm(self.x, lin.norms))
         accepted = cost_new <= self.cost + noise
-        ratio = (self.cost - cost_new) / predicted if predicted > 0 else 1.0
+        ratio = (self.cost - cost_new) / predicted if predicted > 0.0 else 1.0
         if accepted:
             self.trail = ((self.x, step),)
-            self.x, self.r, self.cost = x_new, r_new, cost_new
+            self.x, self.r, self.cost = self.x + step, r_new, cost_new
             self.nit += 1
-            self.polished = 1
-        self.record(self.nfev, self.nit, self.cost, accepted, ratio, *self.damping, change, True)
+            self.polished, self.rate = 1, length / self.history[-1].length
         self.length = change
+        self.history.append(
+            Iteration(
+                self.nfev, self.nit, self.cost, accepted, ratio, *self.damping, change, True, False
+            )
+        )
         return accepted
 
-    def _state(self) -> LMState:
-        """The state in the solver's terms, without its linearisation."""
+    def _differences_show(self, lin: Linearisation, x: Vector, error: float) -> bool:
+        """Whether the general solver may want central differences; see `_lm`."""
+        pivot = min([v / Dj for v, Dj in zip(lin.pivots, lin.D)]) ** 2
+        smallest = min([abs(xj) * Dj for xj, Dj in zip(x, lin.D)])
+        noise = error * difference_share(self.r.shape[0])
+        return noise > DIFFERENCE_ERROR * pivot * smallest
 
-        last = getattr(self, "length", math.inf)
+    def _state(self, point: Point | None = None, status: int | None = None) -> LMState:
+        """The state in the solver's terms, with the linearisation if there is one."""
         return LMState(
             self.x,
             self.cost,
@@ -401,29 +468,31 @@ class Descent:
             self.nfev,
             self.njev,
             self.nit,
-            length=last,
+            length=self.length,
             fired=self.fired,
             value=self.value,
             limit=self.limit,
             polished=self.polished,
+            linearized=point is not None,
             trail=self.trail,
-            point=Point(self.r),
+            status=status,
+            point=point or Point(self.r),
         )
 
     def _general(self, J: np.ndarray, lin: Linearisation) -> LMState:
         """The state for the general solver, linearised."""
-
-        state = self._state()
-        if not lin.usable:
+        if not lin.steepest < math.inf:
             self.problem.reuse(J)
-            return state._replace(njev=self.njev - 1)  # the general solver counts it again
-        D = np.array(lin.D)
-        sub = NormalEquations(np, lin.G, lin.gradient, Rows(np, J, self.r))
-        return state._replace(
-            linearized=True,
-            point=Point(self.r, sub, D, 1.0 / D, None),
-        )
+            self.njev -= 1  # the general solver counts it again
+            return self._state()
+        return self._state(self._point(J, lin))
 
     def _ended(self, J: np.ndarray, lin: Linearisation, status: int) -> LMState:
-        state = self._general(J, lin)
-        return state._replace(status=status, limit=self.limit or self.solver.gtol)
+        self.limit = self.limit or self.solver.gtol
+        return self._state(self._point(J, lin), status)
+
+    def _point(self, J: np.ndarray, lin: Linearisation) -> Point:
+        """The linearisation in the solver's terms."""
+        D = np.array(lin.D)
+        sub = NormalEquations(np, lin.G, lin.gradient, Rows(np, J, self.r), np.array(lin.norms))
+        return Point(self.r, sub, D, 1.0 / D, None)

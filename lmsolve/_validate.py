@@ -5,13 +5,24 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from ._bounds import Box
 from ._loss import LOSSES, Loss, UserLoss
-from ._xp import Array, all_finite, array_namespace, convert, copied, is_array, is_numpy, to_numpy
+from ._xp import (
+    Array,
+    all_finite,
+    array_namespace,
+    convert,
+    copied,
+    is_array,
+    is_foreign,
+    is_numpy,
+    to_numpy,
+)
 
 METHODS = ("lm", "trf", "dogbox")
 DIFFERENCES = ("2-point", "3-point", "cs")
@@ -22,7 +33,7 @@ LSMR_OPTIONS = ("atol", "btol", "maxiter", "regularize")
 
 def one_of(value: Any, name: str, allowed: Sequence[Any]) -> None:
     """ValueError unless a value is one of those allowed."""
-    if not isinstance(value, str | None) or value not in allowed:
+    if not (value is None or isinstance(value, str)) or value not in allowed:
         listed = ", ".join(repr(a) for a in allowed)
         raise ValueError(f"`{name}` must be one of {listed}, got {value!r}.")
 
@@ -31,7 +42,7 @@ def parameters(x0: Any, name: str = "x0") -> Array:
     """x0 as a floating array (n,) that the caller does not share."""
     if type(x0) is np.ndarray and x0.dtype.kind == "f" and x0.ndim == 1:
         x = x0.copy() if x0.dtype != np.float16 else x0.astype(float)
-    elif is_array(x0) and not isinstance(x0, np.ndarray | np.generic):
+    elif is_foreign(x0):
         x = _foreign_parameters(x0, name)
     else:
         x = _numpy_parameters(x0, name)
@@ -170,6 +181,14 @@ def host_bounds(bounds: Any, n: int) -> tuple[np.ndarray, np.ndarray]:
     return lb, ub
 
 
+@lru_cache
+def unbounded(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The ends of no bounds, (n,) each, read-only."""
+    lb, ub = np.full(n, -np.inf), np.full(n, np.inf)
+    lb.flags.writeable = ub.flags.writeable = False
+    return lb, ub
+
+
 def box(
     bounds: Any, fixed: Any, x: Array, names: Sequence[str] | None = None
 ) -> tuple[Box | None, np.ndarray, np.ndarray]:
@@ -270,8 +289,7 @@ def difference_step(diff_step: Any, n: int) -> np.ndarray | None:
 
 def finite_residuals(r: Array, fun: str = "fun", x0: str = "x0") -> None:
     """ValueError that says which residuals are not finite at x0."""
-    xp = array_namespace(r)
-    if bool(xp.all(xp.isfinite(r))):
+    if all_finite(r):
         return
     host = to_numpy(r)
     bad = np.flatnonzero(~np.isfinite(host))

@@ -52,7 +52,7 @@ def array_namespace(*arrays: Array) -> Namespace:
     """Namespace shared by the arrays; NumPy for plain Python numbers and sequences."""
     if all(type(a) is np.ndarray for a in arrays):
         return np
-    known = [a for a in arrays if is_array(a) and not isinstance(a, np.ndarray | np.generic)]
+    known = [a for a in arrays if is_foreign(a)]
     if not known:
         return np
     if any(is_cupynumeric(a) for a in known):
@@ -63,6 +63,11 @@ def array_namespace(*arrays: Array) -> Namespace:
 def is_array(a: object) -> bool:
     """Whether ``a`` is an array of a known library."""
     return bool(array_api_compat.is_array_api_obj(a)) or is_cupynumeric(a)
+
+
+def is_foreign(a: object) -> bool:
+    """Whether ``a`` is an array of a library other than NumPy."""
+    return not isinstance(a, (np.ndarray, np.generic)) and is_array(a)
 
 
 def is_cupynumeric(a: object) -> bool:
@@ -102,6 +107,8 @@ def to_floats(*scalars: Array) -> list[float]:
 
 def to_numpy(a: Array) -> np.ndarray:
     """NumPy array with the values of ``a``: a copy from a device, else a view where possible."""
+    if type(a) is np.ndarray:
+        return a
     if is_torch(a):
         return np.asarray(a.detach().cpu().numpy())
     return np.asarray(a)
@@ -164,6 +171,9 @@ def is_complex(a: Array) -> bool:
 def all_finite(a: Array) -> bool:
     """Whether every entry is finite; one synchronisation."""
     if type(a) is np.ndarray:
+        # A finite sum of squares says it in a tenth of the time; an infinite one says nothing.
+        if a.ndim == 1 and a.dtype == np.float64 and a.size and ddot(a, a) < np.inf:
+            return True
         return bool(np.isfinite(a).all())
     xp = array_namespace(a)
     return bool(xp.all(xp.isfinite(a)))
