@@ -89,14 +89,14 @@ def peak_rss() -> float:
 def peak_beyond_now(run: Callable[[], Any]) -> float:
     """Peak resident memory of a run beyond what this process holds before it, in MiB (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from what is held now
-    before = _status("VmRSS")
+    before = status("VmRSS")
     kept = run()
-    peak = _status("VmHWM") - before
+    peak = status("VmHWM") - before
     del kept
     return peak
 
 
-def _status(key: str) -> float:
+def status(key: str) -> float:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(key))
 

@@ -82,25 +82,31 @@ def stepper(contender: str, model: nn.Module, x: Tensor, y: Tensor) -> Callable[
 
 
 def report_linalg(linalg: str, smoke: bool) -> None:
-    """A step, and the bytes of J that it sends through the host, in this process."""
+    """A step, and the kB of it that pass between the host and Legate's tasks, in this process."""
     from lmsolve.torch._data import make_batch
     from lmsolve.torch._descent import Descent
+    from lmsolve.torch._legate import TRAFFIC
     from lmsolve.torch._session import Options, Session
 
-    print(f"{'shape':14s}{'wall ms':>9s}{'MB of J':>9s}{'through the host':>18s}   {linalg}")
+    kinds = TRAFFIC if linalg != "torch" else ()
+    heads = "".join(f"{kind:>11s}" for kind in kinds)
+    print(f"linalg={linalg!r}: a step, and the kB that pass through the host in it")
+    print(f"{'m x n':14s}{'wall ms':>9s}{'size of J':>11s}{heads}")
     for name, shape in (SMOKE_SHAPES if smoke else SHAPES).items():
         model, x, y = problem(*shape)
         session = Session(model, Options(linalg=linalg), Descent())
-        session.place(make_batch(x, y, None, session.network.parameters), 0)
-        held, times = session.problem, []
-        for _ in range(3 if smoke else 10):
+        batch = make_batch(x, y, None, session.network.parameters)
+        times, steps = [], 3 if smoke else 10
+        for step in range(steps):
             start = time.perf_counter()
+            session.place(batch, step)  # as a mini-batch is
             while not session.trial().accepted:
                 pass
             times.append(time.perf_counter() - start)
-        size = len(x) * session.x.numel() * 8 / 1e6
-        through = held.through_host / 1e6 / max(held.njev, 1)
-        print(f"{name:14s}{1e3 * statistics.median(times):9.1f}{size:9.1f}{through:18.1f}")
+        traffic = {} if session.cluster is None else session.cluster.traffic
+        size = len(x) * session.x.numel() * 8
+        figures = "".join(f"{traffic.get(kind, 0) / steps / 1e3:11.1f}" for kind in kinds)
+        print(f"{name:14s}{1e3 * statistics.median(times):9.1f}{size / 1e3:11.1f}{figures}")
 
 
 def measure_steps(contender: str, shape: tuple[int, int, int], repeats: int) -> dict[str, float]:

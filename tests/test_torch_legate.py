@@ -254,8 +254,10 @@ def test_two_components_send_each_row_through_the_host_once() -> None:
     x, y = curve(61)
     optimizer = LM(net(), linalg="legate-split", devices=["cpu", "cpu", "cpu"])
     optimizer.step(x, y)
-    problem, n = optimizer._session.problem, optimizer._session.x.numel()
-    assert problem.through_host == problem.njev * 61 * n * 8
+    looked_at, n = optimizer._session, optimizer._session.x.numel()
+    assert looked_at.cluster.traffic["jacobian"] == looked_at.problem.njev * 61 * n * 8
+    optimizer.step(x, y)
+    assert looked_at.cluster.traffic["jacobian"] == 2 * 61 * n * 8
 
 
 @pytest.mark.legate
@@ -497,12 +499,44 @@ def test_no_rows_of_the_jacobian_reach_the_host(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(_tasks, "read", counted)
     monkeypatch.setattr(_tasks.HostRows, "total", counted_total)
-    result = fit(model, curve(m), linalg="legate", max_steps=5)
+    optimizer = LM(model, linalg="legate")
+    for _ in range(4):
+        optimizer.step(*curve(m))
     status = 2 * _tasks.STATUS * 8
     sums, vector = 2 * (n * n + n) * 8, 2 * n * 8  # a row from each shard
     assert set(sizes) == {status, sums, vector}
-    assert sizes.count(sums) == result.njev
-    assert sum(sizes) < m * 8  # less than the residuals once, let alone J
+    assert sizes.count(sums) == 4  # one linearisation a batch
+    assert sum(sizes) < 4 * m * 8  # less than the residuals, let alone J
+    traffic = optimizer._session.cluster.traffic
+    assert traffic["jacobian"] == traffic["residuals"] == traffic["samples"] == 0
+    assert traffic["matrix"] == 4 * sums
+    assert traffic["numbers"] == sizes.count(status) * status
+    # Beside what came back, parameters went to each launch and a step to the curvature's.
+    sent = sizes.count(status) + sizes.count(vector)
+    assert traffic["vectors"] == sizes.count(vector) * vector + sent * n * 8
+
+
+@pytest.mark.legate
+def test_of_a_wide_network_the_kernel_reaches_the_host_and_no_rows() -> None:
+    optimizer = LM(net(40, 3, 2), linalg="legate")
+    optimizer.step(*cloud())
+    traffic, problem = optimizer._session.cluster.traffic, optimizer._session.problem
+    assert traffic["jacobian"] == 0
+    assert traffic["matrix"] == problem.njev * problem.m**2 * 8
+    assert 0 < traffic["residuals"] < problem.m * optimizer._session.x.numel() * 8
+
+
+@pytest.mark.legate
+def test_samples_go_to_a_device_once_for_each_batch() -> None:
+    x, y = curve()
+    looked_at = session(net(), (x, y))
+    placed, traffic = looked_at.problem.placed, looked_at.cluster.traffic
+    assert placed.on(torch.device("cpu"), 0).inputs.data_ptr() == x.data_ptr()  # nothing is copied
+    other = torch.device("meta")
+    shards = [placed.on(other, 0), placed.on(other, 1), placed.whole_on(other)]
+    assert placed.on(other, 0) is shards[0]
+    assert placed.whole_on(other) is shards[2]
+    assert traffic["samples"] == 2 * (x.nbytes + y.nbytes)
 
 
 @pytest.mark.legate

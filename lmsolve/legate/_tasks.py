@@ -160,9 +160,18 @@ class Table:
         """A host copy (shards, size), equal on every rank."""
         return read(self._store)
 
+    @property
+    def nbytes_read(self) -> int:
+        """Bytes that `total` brings to the host."""
+        return 8 * self.size * (self.shards if self._is_small else 1)
+
+    @property
+    def _is_small(self) -> bool:
+        return self.shards == 1 or 8 * self.shards * self.size <= SMALL_TABLE
+
     def total(self) -> np.ndarray:
         """The sum over the shards (size,), always in the same order; equal on every rank."""
-        if self.shards == 1 or 8 * self.shards * self.size <= SMALL_TABLE:
+        if self._is_small:
             return np.sum(self.read(), axis=0)
         tile = -(-self.size // self.shards)
         launch(
@@ -185,6 +194,7 @@ class HostRows:
 
     def __init__(self, shards: int, size: int) -> None:
         self.shards, self.size = shards, size
+        self.nbytes_read = 8 * shards * size  # by `total`
         self._rows = [np.empty((1, size)) for _ in range(shards)]
 
     def row(self, shard: Shard) -> np.ndarray:

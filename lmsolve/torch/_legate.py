@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -53,12 +54,20 @@ from ._subproblems import (
 )
 
 WAYS = ("factors", "vmap", "graph")
+#: What passes between the host and Legate's tasks; see `Cluster`.
+TRAFFIC = ("jacobian", "matrix", "residuals", "vectors", "samples", "numbers")
 # What copy.deepcopy raises for objects that cannot be copied.
 _COPY_ERRORS = (TypeError, RuntimeError, AttributeError, NotImplementedError, pickle.PicklingError)
 
 
 class Cluster:
-    """Legate as a session sees it: its processors, its stores, and what the ranks agree on."""
+    """Legate as a session sees it: its processors, its stores, and what the ranks agree on.
+
+    `traffic` counts the bytes between this host and Legate's tasks, by what they are: `jacobian`
+    (rows of J), `matrix` (J'J with J'r, or J J'), `residuals` (m numbers), `vectors` (n), `samples`
+    (a batch on its way to devices), `numbers` (one or a few of each shard). What goes to every task
+    counts once.
+    """
 
     def __init__(self, network: Network, devices: Sequence[torch.device] | None = None) -> None:
         _check_copy(network)
@@ -79,6 +88,7 @@ class Cluster:
         self.local = -(-self.processors // self.ranks)
         # One process's tasks write into its own memory: Legate's pool would hold a second copy.
         self.in_process = self.ranks == 1 and not gpus
+        self.traffic: Counter[str] = Counter()
         self._held: dict[str, tuple[Any, Any]] = {}
 
     def agreed(self, *values: float) -> list[float]:
@@ -87,6 +97,7 @@ class Cluster:
             return list(values)
         padded = [*values, 0.0, 0.0][:3]
         found = self._tasks.launch(lambda shard: padded, 1, self.target)
+        self.traffic["numbers"] += found.nbytes
         return [float(v) for v in found[0, : len(values)]]
 
     def choose(self, network: Network, batch: Batch, point: Point, memory: int) -> Plan:
@@ -153,6 +164,8 @@ class Cluster:
                     f"The ranks of this run hold different {what}: give every rank the same model "
                     "and data (seed the generators, and the DataLoader's)."
                 )
+        self.traffic += job.sent
+        self.traffic["numbers"] += 8 * self._tasks.STATUS * len(status)
         values: np.ndarray = status[:, 0]
         return values
 
@@ -166,9 +179,16 @@ class Cluster:
             finally:
                 overlap.wait()
 
-    def read(self, store: Any) -> Tensor:
+    def read(self, store: Any, kind: str) -> Tensor:
         """A store's values on the host, the same on every rank."""
-        return torch.from_numpy(self._tasks.read(store))
+        values = torch.from_numpy(self._tasks.read(store))
+        self.traffic[kind] += values.nbytes
+        return values
+
+    def total(self, table: Any, kind: str) -> Tensor:
+        """A table's sum over the shards on the host, the same on every rank."""
+        self.traffic[kind] += table.nbytes_read
+        return torch.from_numpy(table.total())
 
 
 class Overlap:
@@ -253,7 +273,7 @@ class LegateProblem(NetworkProblem):
     ) -> None:
         super().__init__(network, batch, plan, settings)
         self.cluster = cluster
-        self.placed = Placed(network, batch, cluster.processors)
+        self.placed = Placed(network, batch, cluster.processors, cluster.traffic)
         if cluster.ranks > 1:
             tensors = pytree.tree_leaves((batch.inputs, batch.targets, batch.weights))
             arrays = [a.cpu().numpy() for a in tensors if isinstance(a, Tensor)]
@@ -282,7 +302,7 @@ class LegateProblem(NetworkProblem):
         coarse = network.parameters.dtype if damping > COARSE else None
         job = CoupledSumsJob if self.plan.coupled else SumsJob
         self.launch(job, x, coarse, table=table)
-        sums = torch.from_numpy(table.total()).to(x.device)
+        sums = self.cluster.total(table, "matrix").to(x.device)
         gram, grad = sums[: n * n].view(n, n), sums[n * n :]
         if self.plan.coupled:
             r = self._rows(self._point(x)).to(x.dtype)
@@ -300,7 +320,7 @@ class LegateProblem(NetworkProblem):
         self.launch(
             KernelJob, x, self._groups(), outputs=(store.partition_by_tiling((tile * k, m)),)
         )
-        kernel = self.cluster.read(store).to(x.device)
+        kernel = self.cluster.read(store, "matrix").to(x.device)
         r = self._rows(self._point(x)).to(x.dtype)
         products, decay = self._products(x), self.settings.decay
         return WideSubproblem(kernel, x, r, products, decay, self._bend(x, r))
@@ -321,14 +341,14 @@ class LegateProblem(NetworkProblem):
         """Sum (n,) of a job's vectors over the shards."""
         table = self.cluster.table("vector", self.placed.shards, self.network.parameters.n)
         self.launch(job, x, *arguments, table=table)
-        return torch.from_numpy(table.total()).to(x.device)
+        return self.cluster.total(table, "vectors").to(x.device)
 
     def written(self, job: type[Job], x: Tensor, *arguments: Any) -> Tensor:
         """The shards' rows (m,) of a job."""
         store = self.cluster.store("rows", (self.m,), torch.float64)
         tiles = store.partition_by_tiling((self.placed.tile * self.plan.k,))
         self.launch(job, x, *arguments, outputs=(tiles,))
-        return self.cluster.read(store).to(x.device)
+        return self.cluster.read(store, "residuals").to(x.device)
 
     def launch(
         self,

@@ -29,6 +29,12 @@ class Batch:
     size: int
     start: int = 0
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all samples."""
+        leaves = pytree.tree_leaves((self.inputs, self.targets, self.weights))
+        return sum(a.nbytes for a in leaves if isinstance(a, Tensor))
+
     def block(self, lo: int, hi: int) -> Batch:
         """Samples lo to hi."""
         if lo == 0 and hi >= self.size:

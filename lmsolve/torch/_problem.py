@@ -139,7 +139,6 @@ class NetworkProblem:
         self.settings = settings
         self.nfev = 0
         self.njev = 0
-        self.through_host = 0  # bytes of J copied to the host on their way to where they are summed
 
     @property
     def m(self) -> int:

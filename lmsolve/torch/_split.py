@@ -90,6 +90,7 @@ class SplitProblem(NetworkProblem):
         self.devices = devices
         own = network.parameters.device
         self._replicas = [network if d == own else copied(network, d) for d in devices]
+        self._moved: dict[tuple[int, int], Batch] = {}
 
     def linearize(self, x: Tensor, r: Evaluation, damping: float = 0.0) -> Linearised:
         """Subproblem at x (n,); MemoryError where Legate's pool is too small for it."""
@@ -111,15 +112,18 @@ class SplitProblem(NetworkProblem):
             for rows, J in self._slices(x):
                 adding.launch(AddJob(rows, J, table, first, coarse))
                 first = False
-                self.through_host += J.nbytes
+                self.cluster.traffic["jacobian"] += J.nbytes
+                self.cluster.traffic["residuals"] += rows.nbytes
                 r.append(rows)
                 if few:
                     held.append(J)
-        sums = torch.from_numpy(table.total()).to(x.device)
+        sums = self.cluster.total(table, "matrix").to(x.device)
         whole = torch.cat(r).to(x)
         products: Products = self._products(x)
         if few:
             products = HeldProducts(torch.cat(held).to(x.device))
+            if x.device.type != "cpu":
+                self.cluster.traffic["jacobian"] += products.J.nbytes
         gram, grad = sums[: n * n].view(n, n), sums[n * n :]
         bend = self._bend(x, whole)
         return TallSubproblem(gram, grad, x, whole, products, self.settings.decay, bend)
@@ -139,13 +143,21 @@ class SplitProblem(NetworkProblem):
         while under_way:
             yield under_way.popleft().wait()
 
+    def _moved_once(self, block: Batch, device: torch.device) -> Batch:
+        """A slice of the batch on its device, there for all steps on the batch."""
+        key = block.start, block.size
+        if key not in self._moved:
+            self._moved[key] = moved(block, device)
+            self.cluster.traffic["samples"] += block.nbytes
+        return self._moved[key]
+
     def _rows_of(self, network: Network, block: Batch, x: Tensor) -> Iterator[Rows]:
         device = network.parameters.device
         point = Point(
             network.parameters.unpack(x.to(device)), self.settings.scale, self.settings.seed
         )
         if device != self.network.parameters.device:
-            block = moved(block, device)
+            block = self._moved_once(block, device)
         with quiet_transforms():
             for r, J in _jacobian.stream(network, block, point, self.plan):
                 yield to_host(r, J)
