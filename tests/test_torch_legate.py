@@ -571,10 +571,27 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("check", ["tall", "wide", "dropped", "example_sinc"])
+@pytest.mark.parametrize("check", ["tall", "wide", "dropped"])
 def test_two_ranks_end_with_the_same_bits(found: list[dict[str, Any]], check: str) -> None:
     assert found[0]["ranks"] == 2
     assert found[0][check] == found[1][check]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("check", ["example_sinc", "example_burgers", "example_images"])
+def test_examples_run_on_two_ranks(found: list[dict[str, Any]], check: str) -> None:
+    assert found[0][check]
+    assert found[0][check] == found[1][check]
+
+
+@pytest.mark.ranks
+def test_no_rows_of_the_jacobian_reach_the_host_of_a_rank(found: list[dict[str, Any]]) -> None:
+    n = sum(p.numel() for p in net(3).parameters())
+    for rank in found:
+        crossed = rank["crossed"]
+        assert "jacobian" not in crossed
+        assert crossed["matrix"] == 2 * 2 * (n * n + n) * 8  # two steps, a row from each shard
+        assert set(crossed) <= {"matrix", "vectors", "numbers"}
 
 
 @pytest.mark.ranks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -44,6 +45,32 @@ def example_sinc() -> list[float]:
     sinc = example("sinc")
     data, model = sinc.make_data(200), sinc.make_model(0, 5)
     return [value for _, value in sinc.run_lm(model, *data, 500.0, None, 0.05, "legate")]
+
+
+def example_burgers() -> list[float]:
+    """The physics-informed network, whose residuals differentiate in its inputs."""
+    burgers = example("burgers")
+    args = argparse.Namespace(steps=2, seconds=500.0, goal=1e-9, linalg="legate")
+    model = burgers.make_model()
+    burgers.run_lm(model, burgers.make_points(20), burgers.Reference(), args)
+    return [float(p.detach().double().sum()) for p in model.parameters()]
+
+
+def example_images() -> list[float]:
+    """Mini-batches of the small digits under cross entropy."""
+    mnist = example("mnist")
+    args = argparse.Namespace(decay=1e-4, batch=100, steps=2, smoke=True, linalg="legate")
+    images = mnist.load(None)
+    trace = mnist.run_lm(mnist.make_model("cnn", 8, 0), images, 500.0, args)
+    return [point.loss for point in trace]
+
+
+def crossed() -> dict[str, int]:
+    """Bytes between the host and the tasks in two steps."""
+    optimizer = LM(net(3), linalg="legate")
+    for _ in range(2):
+        optimizer.step(X, Y)
+    return dict(optimizer._session.cluster.traffic)
 
 
 def last(target: Any) -> bool:
@@ -103,6 +130,9 @@ CHECKS: tuple[Callable[[], Any], ...] = (
     wide,
     dropped,
     example_sinc,
+    example_burgers,
+    example_images,
+    crossed,
     exception_of_one_rank,
     nan_of_one_rank,
     data_that_differ,
