@@ -116,7 +116,7 @@ def legate_iteration(A: Any, y: Any, x: np.ndarray, torch: bool) -> Callable[[],
         data=(A, y),
         namespace="torch" if torch else "numpy",
     )
-    workers = processors(sharded._layout.target)
+    workers = processors(sharded.layout.target)
 
     def iteration() -> dict[str, float]:
         clock.seconds.clear()

@@ -15,6 +15,7 @@ from . import _bounds, _complex, _history, _hooks, _numdiff, _validate
 from ._lm import CALLBACK, LevenbergMarquardt, message
 from ._numdiff import Differences
 from ._problem import (
+    LOCAL,
     Problem,
     ResidualAndJacobian,
     StreamedProblem,
@@ -22,7 +23,6 @@ from ._problem import (
 )
 from ._result import Context, LeastSquaresResult
 from ._state import LMState
-from ._subproblem import dense_subproblem
 from ._tiny import PARAMETERS as TINY
 from ._tiny import Descent
 from ._xp import (
@@ -52,7 +52,7 @@ class Options(NamedTuple):
     tr_options: Any = None
     jac_sparsity: Any = None
     workers: Any = None
-    dense: Any = dense_subproblem
+    sums: Any = LOCAL
 
 
 class Fit:
@@ -103,6 +103,7 @@ class Fit:
         """The problem and its residuals at x0."""
         o = self.options
         if hasattr(self.fun, "linearize"):
+            getattr(self.fun, "begin", lambda *start: None)(self.x0, self.lb, self.ub)
             return self.fun, None
         if not callable(self.fun):
             raise TypeError(f"`fun` must be callable, got {type(self.fun).__name__}.")
@@ -152,7 +153,7 @@ class Fit:
                 "`jac` must be a callable that iterates over (residuals, rows) blocks where `fun` "
                 f"iterates over blocks of residuals, got {self.options.jac!r}."
             )
-        return StreamedProblem(self.xp, fun.raw, jac, loss)
+        return StreamedProblem(self.xp, fun.raw, jac, loss, self.options.sums)
 
     def _array_problem(self, fun: Any, jac: Any, r0: Array, loss: Any) -> tuple[Problem, Array]:
         """Problem of arrays; its residuals are checked and brought to the dtype of x0."""
@@ -162,7 +163,7 @@ class Fit:
         precision = max(eps(self.xp, x.dtype), eps(self.xp, r0.dtype))
         _validate.finite_residuals(r0, *self.words)
         if r0.dtype != x.dtype:
-            r0 = self.xp.astype(r0, x.dtype)
+            r0 = array_namespace(r0).astype(r0, x.dtype)
             if not is_numpy(self.xp):
                 fun = _cast(fun, x.dtype, self.xp)
         if is_numpy(self.xp) and isinstance(fun, UserFunction | ResidualAndJacobian):
@@ -182,7 +183,7 @@ class Fit:
             sparsity=sparsity,
             linear_solver=self._linear_solver(),
             precision=precision,
-            dense=o.dense,
+            sums=o.sums,
             m=r0.shape[0],
             nfev=1,
             first=r0,
@@ -301,6 +302,7 @@ class Fit:
             self.x0.shape[0] <= TINY
             and solver.x_scale is None
             and type(p) is Problem
+            and p.sums.covers(p.m or 0, self.x0.shape[0])
             and self.box is None
             and p.loss is None
             and p.sparsity is None

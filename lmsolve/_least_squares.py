@@ -10,9 +10,9 @@ import scipy.optimize
 
 from . import _validate
 from ._fit import UNBOUNDED, Fit, Options
+from ._problem import LOCAL
 from ._result import Context, LeastSquaresResult
 from ._state import LMState
-from ._subproblem import dense_subproblem
 from ._xp import is_cupynumeric
 
 
@@ -176,7 +176,7 @@ def least_squares(
         tr_options=tr_options,
         jac_sparsity=jac_sparsity,
         workers=workers,
-        dense=dense_subproblem if placement is None else placement.dense,
+        sums=LOCAL if placement is None else placement.sums,
     )
     result = Fit(fun, x, bounds, fixed, args, kwargs, options, names).run(
         tolerances=(ftol, xtol, gtol),

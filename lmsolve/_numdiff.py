@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from ._xp import Array, Namespace, sum_squares, to_floats
+from ._xp import Array, Namespace, array_namespace, sum_squares, to_floats
 
 #: A parameter that is smaller than this share of its typical size is stepped by that share.
 FLOOR = 1e-3
@@ -236,13 +236,23 @@ def _combine(
 
 
 def dense_xp(
-    diff: Differences, evaluate: Evaluate, x: Array, x_host: np.ndarray, r: Array, xp: Namespace
+    diff: Differences,
+    evaluate: Evaluate,
+    x: Array,
+    x_host: np.ndarray,
+    r: Array,
+    squares: Callable[[Array], Array],
 ) -> Array:
-    """Jacobian (m, n) in a namespace without item assignment: one unit step per column."""
+    """Jacobian (m, n) in a namespace without item assignment: one unit step per column.
+
+    ``squares`` sums the squares of an array of the namespace of r, up to a common factor.
+    """
+    xp = array_namespace(r)
     h, one_sided = diff.steps(x_host)
-    units = _unit_vectors(xp, x)
+    units = _unit_vectors(array_namespace(x), x)
     held = set(range(x.shape[0])) - {j for j in diff.free(x.shape[0]) if h[j] != 0}
-    columns, bends = [], []
+    columns, central = [], []
+    sums: list[Array] = []
     for j, unit in enumerate(units):
         if j in held:
             columns.append(xp.zeros_like(r))
@@ -254,14 +264,17 @@ def dense_xp(
             near = evaluate(x + s * unit) - r
             columns.append((4 * near - (evaluate(x + 2 * s * unit) - r)) / (2 * s))
         else:
-            column, bend = _central_xp(xp, evaluate, x, r, s, unit)
+            column, halves = _central_xp(squares, evaluate, x, r, s, unit)
             columns.append(column)
-            bends.append((j, bend))
-    for (j, _), bend in zip(bends, to_floats(*[b for _, b in bends]) if bends else []):
+            central.append(j)
+            sums.extend(halves)
+    found = to_floats(*sums) if sums else []
+    for k, j in enumerate(central):
+        bend = _bend(*found[2 * k : 2 * k + 2])
         s = diff.shorter(x_host[j], diff.typical[j], h[j], bend)
         if s:
-            column, again = _central_xp(xp, evaluate, x, r, s, units[j])
-            if to_floats(again)[0] < bend:
+            column, again = _central_xp(squares, evaluate, x, r, s, units[j])
+            if _bend(*to_floats(*again)) < bend:
                 columns[j] = column
     return xp.stack(columns, axis=1)
 
@@ -273,13 +286,22 @@ def _unit_vectors(xp: Namespace, x: Array) -> list[Array]:
 
 
 def _central_xp(
-    xp: Namespace, evaluate: Evaluate, x: Array, r: Array, s: float, unit: Array
-) -> tuple[Array, Array]:
-    """A central difference (m,) with step s, and the 0-d inequality of its halves."""
+    squares: Callable[[Array], Array],
+    evaluate: Evaluate,
+    x: Array,
+    r: Array,
+    s: float,
+    unit: Array,
+) -> tuple[Array, tuple[Array, Array]]:
+    """A central difference (m,) with step s; 0-d squares of the halves' sum and difference."""
     left = evaluate(x - s * unit) - r
     right = evaluate(x + s * unit) - r
-    bent, slope = sum_squares(xp, left + right), sum_squares(xp, right - left)
-    return (right - left) / (2 * s), xp.sqrt(bent / xp.where(slope > 0, slope, bent + 1.0))
+    return (right - left) / (2 * s), (squares(left + right), squares(right - left))
+
+
+def _bend(bent: float, slope: float) -> float:
+    """How unequal the halves of a central difference are, from sums of squares."""
+    return math.sqrt(bent / (slope if slope > 0.0 else bent + 1.0))
 
 
 def _device(a: Array) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import FunctionType
 from typing import Any, NamedTuple, Protocol
 
@@ -92,7 +93,8 @@ class UserFunction:
             raise TypeError(f"`{self.name}` must return an array of residuals, got None.")
         xp = array_namespace(x)
         if is_numpy(xp):
-            r = _numpy_residuals(r, self.name)
+            if not (is_cupynumeric(r) and hasattr(self.function, "stays")):
+                r = _numpy_residuals(r, self.name)
             if self.dtype is not None and r.dtype != self.dtype and r.dtype.kind != "c":
                 r = r.astype(self.dtype)
         elif array_namespace(r) is not xp:
@@ -174,6 +176,39 @@ class ResidualAndJacobian:
         return self._last[1]
 
 
+class LocalSums:
+    """Sums over rows, taken where and by what library the arrays are."""
+
+    def covers(self, m: int, n: int) -> bool:
+        """Whether this is all there is to a dense problem of m rows and n parameters."""
+        return True
+
+    def cost(self, xp: Namespace, r: Array, loss: Loss | None) -> Array:
+        """0-d cost of residuals r (m,), summed in float64."""
+        if loss is not None:
+            with np.errstate(over="ignore", invalid="ignore"):  # a trial may be anywhere
+                return loss.cost(xp, r)
+        return 0.5 * sum_squares(xp, r)
+
+    def subproblem(self, xp: Namespace, J: Array, r: Array, loss: Loss | None) -> Subproblem:
+        """Subproblem of a dense J (m, n) and r (m,)."""
+        w = None
+        if loss is not None:
+            w, r = loss.weights(xp, r)
+        return dense_subproblem(xp, J, r, w)
+
+    def block_costs(self, xp: Namespace, loss: Loss | None) -> BlockCosts:
+        """Where the costs of blocks of residuals add up."""
+        return BlockCosts(xp, loss)
+
+    def block_sums(self, xp: Namespace, loss: Loss | None, n: int) -> BlockSums:
+        """Where J'J and J'r of blocks of rows add up."""
+        return BlockSums(xp, loss, n)
+
+
+LOCAL = LocalSums()
+
+
 @dataclass
 class Problem:
     """A user's residual function and Jacobian over arrays of one namespace.
@@ -193,8 +228,8 @@ class Problem:
         A robust loss; None is the plain sum of squares.
     sparsity : Sparsity or None
         Structure of the Jacobian to difference in groups of columns.
-    dense : callable
-        Makes the subproblem of a dense Jacobian.
+    sums : LocalSums
+        Takes the sums over rows.
     """
 
     xp: Namespace
@@ -204,7 +239,7 @@ class Problem:
     loss: Loss | None = None
     sparsity: _numdiff.Sparsity | None = None
     linear_solver: Any = None
-    dense: Callable[..., Subproblem] = dense_subproblem
+    sums: LocalSums = LOCAL
     norms_needed: bool = False
     precision: float = 2.0**-52
     m: int | None = None
@@ -231,10 +266,7 @@ class Problem:
 
     def cost(self, r: Array) -> Array:
         """0-d cost, summed in float64."""
-        if self.loss is not None:
-            with np.errstate(over="ignore", invalid="ignore"):  # a trial may be anywhere
-                return self.loss.cost(self.xp, r)
-        return 0.5 * sum_squares(self.xp, r)
+        return self.sums.cost(self.xp, r, self.loss)
 
     def jacobian(self, x: Array, r: Array) -> Any:
         """J at x (n,): array (m, n), sparse, operator, or an iterator over blocks of rows."""
@@ -264,11 +296,13 @@ class Problem:
         J = self.jacobian(x, r)
         if hasattr(J, "__next__"):
             return self._from_blocks(J, x)
+        if is_dense(J) and (self.linear_solver is None or self.linear_solver[0] != "lsmr"):
+            return self.sums.subproblem(self.xp, J, r, self.loss)
         w = None
+        if is_numpy(self.xp):
+            r = to_numpy(r)
         if self.loss is not None:
             w, r = self.loss.weights(self.xp, r)
-        if is_dense(J) and (self.linear_solver is None or self.linear_solver[0] != "lsmr"):
-            return self.dense(self.xp, J, r, w)
         return self._iterative(J, r, w)
 
     def _iterative(self, J: Any, r: Array, w: Array | None) -> Subproblem:
@@ -312,13 +346,18 @@ class Problem:
     def _differenced(self, x: Array, r: Array) -> Any:
         diff = self.differences
         assert diff is not None
-        if not is_numpy(self.xp):
-            return _numdiff.dense_xp(diff, self.fun, x, to_numpy(x), r, self.xp)
-        if self.sparsity is not None:
-            return _numdiff.grouped(diff, self.sparsity, self.fun, x, r)
+        if self.sparsity is not None and is_numpy(self.xp):
+            fun = self.fun if type(r) is np.ndarray else self._host_fun
+            return _numdiff.grouped(diff, self.sparsity, fun, x, to_numpy(r))
+        if type(r) is not np.ndarray:
+            squares = partial(self.sums.cost, array_namespace(r), loss=None)
+            return _numdiff.dense_xp(diff, self.fun, x, to_numpy(x), r, squares)
         if self._buffer is None or self._buffer.shape[0] != r.shape[0]:
             self._buffer = np.empty((r.shape[0], x.shape[0]), dtype=r.dtype, order="F")
         return _numdiff.dense(diff, self.fun, x, r, self._buffer)
+
+    def _host_fun(self, x: Array) -> np.ndarray:
+        return to_numpy(self.fun(x))
 
     def _checked(self, J: Any, x: Array, r: Array) -> Any:
         """J as a matrix (m, n) that the subproblems understand; finite, at the first call."""
@@ -351,7 +390,7 @@ class Problem:
 
     def _from_blocks(self, blocks: Iterator[tuple[Array, Array]], x: Array) -> NormalEquations:
         """Subproblem from the sums over (residuals, rows) blocks; J never exists."""
-        sums = BlockSums(self.xp, self.loss, x.shape[0])
+        sums = self.sums.block_sums(self.xp, self.loss, x.shape[0])
         for r, J in blocks:
             sums.add(r, J)
         if self.m is not None and sums.m != self.m:
@@ -359,6 +398,27 @@ class Problem:
                 f"`jac` must yield as many rows as `fun` has residuals, {self.m}, got {sums.m}."
             )
         return NormalEquations(self.xp, *sums.result())
+
+
+class BlockCosts:
+    """Running cost over blocks of residuals."""
+
+    def __init__(self, xp: Namespace, loss: Loss | None) -> None:
+        self._xp, self._loss = xp, loss
+        self._cost = 0.0
+        self.m = 0
+
+    def add(self, r: Array) -> None:
+        """Add a block of residuals (k,)."""
+        self.m += r.shape[0]
+        self._add(r)
+
+    def _add(self, r: Array) -> None:
+        self._cost += to_floats(LOCAL.cost(self._xp, r, self._loss))[0]
+
+    def result(self) -> float:
+        """The cost."""
+        return self._cost
 
 
 class BlockSums:
@@ -374,11 +434,17 @@ class BlockSums:
         """Add a block of residuals (k,) and rows (k, n)."""
         if tuple(J.shape) != (r.shape[0], self._n):
             raise wrong_shape(J.shape, (r.shape[0], self._n), " in a block")
+        self.m += r.shape[0]
+        self._add(r, J)
+
+    def _add(self, r: Array, J: Array) -> None:
         w = None
         if self._loss is not None:
             w, r = self._loss.weights(self._xp, r)
         G, g = gram_of(self._xp, Rows(self._xp, J, r, w))
-        self.m += r.shape[0]
+        self._add_sums(G, g)
+
+    def _add_sums(self, G: Array, g: Array) -> None:
         if self._gram is None:
             self._gram, self._grad = G, g
         else:
@@ -409,6 +475,7 @@ class StreamedProblem:
     fun: Callable[[Array], Iterator[Array]]
     jac: Callable[[Array], Iterator[tuple[Array, Array]]]
     loss: Loss | None = None
+    sums: LocalSums = LOCAL
     m: int | None = None
     J: None = None
     nfev: int = 0
@@ -417,13 +484,11 @@ class StreamedProblem:
     def residual(self, x: Array) -> StreamedCost:
         """Cost and number of the residuals at x (n,)."""
         self.nfev += 1
-        xp, cost, m = self.xp, 0.0, 0
+        costs = self.sums.block_costs(self.xp, self.loss)
         for r in self.fun(x):
-            block = 0.5 * sum_squares(xp, r) if self.loss is None else self.loss.cost(xp, r)
-            cost += to_floats(block)[0]
-            m += r.shape[0]
-        self.m = m
-        return StreamedCost(cost, m)
+            costs.add(r)
+        self.m = costs.m
+        return StreamedCost(costs.result(), costs.m)
 
     def cost(self, r: StreamedCost) -> float:
         """Cost of residuals that were summed already."""
@@ -432,7 +497,7 @@ class StreamedProblem:
     def linearize(self, x: Array, r: StreamedCost) -> NormalEquations:
         """Subproblem at x (n,) from one pass over the row blocks."""
         self.njev += 1
-        sums = BlockSums(self.xp, self.loss, x.shape[0])
+        sums = self.sums.block_sums(self.xp, self.loss, x.shape[0])
         for block, J in self.jac(x):
             sums.add(block, J)
         if sums.m != r.m:

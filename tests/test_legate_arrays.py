@@ -198,6 +198,143 @@ def test_a_large_product_goes_to_legate_and_a_small_one_does_not(
     assert launches[0] == 0
 
 
+class Transfers:
+    """Counts what reaches the host: arrays of cuPyNumeric, and stores that tasks wrote."""
+
+    def __init__(self, xp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        from lmsolve.legate import _tasks
+
+        self.sizes: list[int] = []
+        array, read = xp.ndarray.__array__, _tasks.read
+
+        def counted_array(a: Any, *arguments: Any, **keywords: Any) -> Any:
+            self.sizes.append(a.nbytes)
+            return array(a, *arguments, **keywords)
+
+        def counted_read(store: Any) -> Any:
+            found = read(store)
+            self.sizes.append(found.nbytes)
+            return found
+
+        monkeypatch.setattr(xp.ndarray, "__array__", counted_array)
+        monkeypatch.setattr(_tasks, "read", counted_read)
+
+
+def test_transfers_are_counted(xp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = xp.arange(5.0)
+    transfers = Transfers(xp, monkeypatch)
+    np.asarray(a)
+    float(xp.sum(a))
+    bool(xp.all(a < 1))
+    assert transfers.sizes == [40, 8, 1]
+
+
+def long_decay(xp: Any, m: int, blocks: int = 0) -> tuple[Any, Any]:
+    """fun and jac of a decay of m rows, in blocks where asked for."""
+    decay = Decay(xp)
+    decay.t = xp.array(np.linspace(0.0, 3.0, m))
+    decay.y = 2.5 * xp.exp(-1.3 * decay.t) + 0.5 + 0.05 * xp.sin(200.0 * decay.t)
+    if not blocks:
+        return decay.fun, decay.jac
+    cuts = [slice(i * m // blocks, (i + 1) * m // blocks) for i in range(blocks)]
+    return (
+        lambda x: (decay.fun(x)[cut] for cut in cuts),
+        lambda x: ((decay.fun(x)[cut], decay.jac(x)[cut]) for cut in cuts),
+    )
+
+
+@pytest.mark.parametrize(
+    ("blocks", "options"),
+    [
+        (0, {}),
+        (0, {"loss": "soft_l1", "f_scale": 0.1}),
+        (0, {"loss": lambda z: (z, 1.0 + 0.0 * z, 0.0 * z)}),
+        (0, {"bounds": ([0.0, 0.0, 0.0], [2.0, 9.0, 9.0])}),
+        (0, {"jac": "2-point"}),
+        (3, {}),
+        (3, {"loss": "huber", "f_scale": 0.1}),
+    ],
+    ids=["plain", "robust", "own loss", "bounded", "differences", "streamed", "streamed robust"],
+)
+def test_one_transfer_per_trial_of_a_size_that_m_does_not_change(
+    xp: Any, monkeypatch: pytest.MonkeyPatch, blocks: int, options: dict[str, Any]
+) -> None:
+    if "loss" in options and callable(options["loss"]):
+        own = options["loss"]
+        options = {"loss": lambda z: xp.stack(own(z))}
+    totals = []
+    for m in (3_000, 30_000):
+        fun, jac = long_decay(xp, m, blocks)
+        with monkeypatch.context() as patched:
+            transfers = Transfers(xp, patched)
+            result = least_squares(
+                fun, xp.array(X0), **{"jac": jac, **options}, backend="cupynumeric", max_nfev=6
+            )
+        evaluations = result.nfev + result.njev
+        # Beside those: x0, whether the residuals and the Jacobian are finite there.
+        assert len(transfers.sizes) <= evaluations + 3
+        assert max(transfers.sizes) < 200
+        totals.append((result.nfev, result.njev, sum(transfers.sizes)))
+        assert result.fun is None or isinstance(result.fun, xp.ndarray)
+    assert totals[0] == totals[1]
+
+
+@pytest.mark.parametrize("loss", ["linear", "cauchy"])
+def test_streams_of_many_blocks_are_summed_exactly(xp: Any, loss: str) -> None:
+    fun, jac = long_decay(xp, 4_001, blocks=7)
+    whole, rows = long_decay(np, 4_001)
+    result = least_squares(fun, xp.array(X0), jac, loss=loss, f_scale=0.1, backend="cupynumeric")
+    expected = least_squares(whole, X0, rows, loss=loss, f_scale=0.1)
+    np.testing.assert_allclose(host(result.x), expected.x, rtol=1e-10)
+    assert result.cost == pytest.approx(expected.cost, rel=1e-12)
+
+
+def test_exceptions_of_blocks_are_raised(xp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lmsolve.legate._sums import ArrayFunctions
+
+    def failing(*arguments: Any) -> Any:
+        raise ZeroDivisionError("in a task")
+
+    monkeypatch.setattr(ArrayFunctions, "cost", failing)
+    fun, jac = long_decay(xp, 1_000, blocks=2)
+    with pytest.raises(ZeroDivisionError, match="in a task"):
+        least_squares(fun, xp.array(X0), jac, backend="cupynumeric")
+
+
+def test_residuals_stay_where_they_are_and_reject_a_step_that_is_not_finite(xp: Any) -> None:
+    fun, jac = long_decay(xp, 3_000)
+    seen = []
+
+    def broken(x: Any) -> Any:
+        r = fun(x)
+        if len(seen) < 2 and float(x[1]) > 1.25:
+            seen.append(float(x[1]))
+            r[1234] = np.nan
+        return r
+
+    result = least_squares(broken, xp.array(X0), jac, backend="cupynumeric")
+    assert seen
+    assert sum(not trial.accepted for trial in result.history) >= len(seen)
+    np.testing.assert_allclose(
+        host(result.x), least_squares(*long_decay(np, 3_000)[:1], X0).x, rtol=1e-6
+    )
+
+
+def test_torch_blocks_serve_arrays_too(xp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU computes with, here on CPUs."""
+    from lmsolve.legate import _sums
+    from lmsolve.legate._blocks import TorchBlocks
+
+    monkeypatch.setattr(_sums, "_blocks", lambda: TorchBlocks("float64"))
+    for blocks in (0, 3):
+        fun, jac = long_decay(xp, 3_000, blocks)
+        for options in ({}, {"loss": "huber", "f_scale": 0.05}):
+            result = least_squares(fun, xp.array(X0), jac, backend="cupynumeric", **options)
+            whole, rows = long_decay(np, 3_000)
+            expected = least_squares(whole, X0, rows, **options)
+            np.testing.assert_allclose(host(result.x), expected.x, rtol=1e-8)
+
+
 def test_curve_fit_on_cupynumeric_data(xp: Any) -> None:
     def model(t: Any, a: Any, b: Any, c: Any) -> Any:
         return a * xp.exp(-b * t) + c

@@ -48,7 +48,15 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "check", ["fitted", "fitted_from_host_data", "fitted_by_torch", "reduced_by_qr"]
+    "check",
+    [
+        "fitted",
+        "fitted_from_host_data",
+        "fitted_by_torch",
+        "fitted_arrays",
+        "streamed_arrays",
+        "reduced_by_qr",
+    ],
 )
 def test_ranks_end_with_the_same_bits(found: list[dict[str, Any]], check: str) -> None:
     assert found[0]["ranks"] == 2
@@ -61,6 +69,12 @@ def test_two_ranks_fit_as_one_process_does(found: list[dict[str, Any]]) -> None:
     assert float.fromhex(found[0]["fitted"]["cost"]) == pytest.approx(expected.cost, rel=1e-13)
     robust = least_squares(residual, X0, jacobian, args=(T, Y), loss="huber", f_scale=0.01)
     np.testing.assert_allclose(found[0]["fitted_from_host_data"]["x"], robust.x, rtol=1e-6)
+
+
+def test_arrays_of_two_ranks_fit_as_those_of_one_process(found: list[dict[str, Any]]) -> None:
+    expected = least_squares(residual, X0, jacobian, args=(T, Y), max_nfev=4)
+    for check in ("fitted_arrays", "streamed_arrays"):
+        assert float.fromhex(found[0][check]["cost"]) == pytest.approx(expected.cost, rel=1e-9)
 
 
 def test_ill_conditioned_rows_of_two_ranks_are_reduced_by_qr(found: list[dict[str, Any]]) -> None:

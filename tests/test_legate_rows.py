@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from pathlib import Path
@@ -76,6 +80,142 @@ def test_memory_map_is_read_block_by_block(tmp_path: Path) -> None:
     result = least_squares(rows(fun, jac, n=3, data=[table], block_rows=64), X0)
     np.testing.assert_allclose(result.x, reference().x, rtol=1e-12)
     assert widest[0] == 64
+
+
+def test_hdf5_files_are_read_by_h5py_and_by_legate(tmp_path: Path) -> None:
+    """In a process of its own: h5py has to be imported before Legate, which has its own HDF5."""
+    source = """
+        import sys
+        import h5py
+        import numpy as np
+        from lmsolve import least_squares
+        from lmsolve.legate import rows
+        from tests.decay import X0, T, Y, jacobian, residual
+
+        with h5py.File(sys.argv[1], "w") as file:
+            file["table"] = np.stack([T, Y], axis=1)
+
+        def fit(table):
+            fun = lambda x, block: residual(x, block[:, 0], block[:, 1])
+            return least_squares(rows(fun, n=3, data=[table], block_rows=64), X0).x
+
+        expected = least_squares(residual, X0, jacobian, args=(T, Y)).x
+        with h5py.File(sys.argv[1]) as file:
+            np.testing.assert_allclose(fit(file["table"]), expected, rtol=1e-7)
+        from legate.io.hdf5 import from_file
+        np.testing.assert_allclose(fit(from_file(sys.argv[1], "/table")), expected, rtol=1e-7)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(source), str(tmp_path / "data.h5")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("data", [hosts, residents])
+@pytest.mark.parametrize("loss", ["linear", "soft_l1"])
+def test_without_a_jacobian_the_tasks_take_differences(data: Any, loss: str) -> None:
+    result = least_squares(rows(residual, n=3, data=data(), loss=loss, block_rows=100), X0)
+    expected = reference(loss=loss)
+    np.testing.assert_allclose(result.x, expected.x, rtol=1e-7)
+    if loss == "linear":
+        np.testing.assert_allclose(result.standard_errors(), expected.standard_errors(), rtol=1e-5)
+    assert result.nfev <= expected.nfev + 2
+
+
+def test_differences_become_central_where_a_fit_needs_it() -> None:
+    nist = load("Hahn1")  # certified to more digits than one-sided differences give
+
+    def at(x: Any, i: range) -> Any:
+        return nist.fun(x)[i.start : i.stop]
+
+    sharded = rows(at, m=nist.m, n=nist.n, block_rows=50)
+    result = least_squares(sharded, nist.starts[1])
+    expected = least_squares(nist.fun, nist.starts[1])
+    assert sharded.functions.differences.kind == "3-point"
+    assert digits(result.x, nist.certified) >= digits(expected.x, nist.certified) - 1
+    least_squares(sharded, nist.starts[1], max_nfev=2)
+    assert sharded.functions.differences.kind == "2-point"  # a new fit begins anew
+
+
+def test_differences_stay_inside_the_bounds_and_hold_what_is_fixed() -> None:
+    lb, ub = np.array([0.0, 0.0, 0.6]), np.array([2.0, 5.0, 2.0])
+
+    def fun(x: Any, t: Any, y: Any) -> Any:
+        assert np.all((x >= lb) & (x <= ub))
+        return residual(x, t, y)
+
+    expected = reference(bounds=(lb, ub))
+    result = least_squares(rows(fun, n=3, data=hosts()), X0, bounds=(lb, ub))
+    np.testing.assert_allclose(result.x, expected.x, rtol=1e-7)
+    np.testing.assert_array_equal(result.active_mask, expected.active_mask)
+    fixed = [False, True, False]
+    held = least_squares(rows(residual, n=3, data=hosts()), X0, fixed=fixed)
+    np.testing.assert_allclose(held.x, reference(fixed=fixed).x, rtol=1e-7)
+
+
+def test_differences_of_torch_and_of_one_array_filled_again_and_again() -> None:
+    import torch
+
+    def fun(x: Any, t: Any, y: Any) -> Any:
+        return x[0] * torch.exp(-x[1] * t) + x[2] - y
+
+    sharded = rows(fun, n=3, data=hosts(), namespace="torch")
+    np.testing.assert_allclose(least_squares(sharded, X0).x, reference().x, rtol=1e-7)
+    kept = threading.local()
+
+    def refilled(x: Any, t: Any, y: Any) -> Any:
+        if getattr(kept, "r", None) is None or kept.r.shape != t.shape:
+            kept.r = np.empty_like(t)
+        kept.r[...] = residual(x, t, y)
+        return kept.r
+
+    sharded = rows(refilled, n=3, data=hosts(), block_rows=100)
+    np.testing.assert_allclose(least_squares(sharded, X0).x, reference().x, rtol=1e-7)
+
+
+SIGMA = 0.01 + 0.02 * T
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("resident", [True, False])
+def test_deviations_weigh_the_rows(resident: bool, exact: bool) -> None:
+    expected = least_squares(
+        lambda x: residual(x, T, Y) / SIGMA, X0, lambda x: jacobian(x, T, Y) / SIGMA[:, None]
+    )
+    sigma = cupynumeric().array(SIGMA) if resident else SIGMA
+    jac = jacobian if exact else None
+    result = least_squares(rows(residual, jac, n=3, data=hosts(), sigma=sigma, block_rows=90), X0)
+    np.testing.assert_allclose(result.x, expected.x, rtol=1e-11 if exact else 1e-7)
+    assert result.cost == pytest.approx(expected.cost, rel=1e-12)
+    np.testing.assert_allclose(
+        result.standard_errors(absolute_sigma=True),
+        expected.standard_errors(absolute_sigma=True),
+        rtol=1e-6,
+    )
+
+
+def test_deviations_of_numbered_rows_and_of_several_residuals() -> None:
+    def fun(x: Any, i: range) -> Any:
+        part = slice(i.start, i.stop)
+        r = residual(x, T[part], Y[part])
+        return np.stack([r, 0.1 * (x[0] * T[part] - Y[part])], axis=1)
+
+    sigma = np.stack([SIGMA, 2.0 * SIGMA], axis=1)
+    for each in (SIGMA, sigma):
+        expected = least_squares(
+            lambda x, each=each: (fun(x, range(len(T))) / each.reshape(len(T), -1)).ravel(), X0
+        )
+        result = least_squares(rows(fun, m=len(T), n=3, sigma=each, block_rows=77), X0)
+        np.testing.assert_allclose(result.x, expected.x, rtol=1e-7)
+    with pytest.raises(ValueError, match=r"`sigma` must have shape \(m,\) or \(m, 2\)"):
+        least_squares(rows(fun, m=len(T), n=3, sigma=np.ones((len(T), 3))), X0)
+    with pytest.raises(ValueError, match=r"`sigma` must have shape .* m = 1003, got \(3,\)"):
+        rows(fun, m=len(T), n=3, sigma=np.ones(3))
 
 
 def test_several_residuals_in_a_row() -> None:
@@ -293,7 +433,7 @@ def test_bad_arguments_are_told_before_anything_runs() -> None:
 def test_memory_that_is_not_there_is_refused_before_the_launch() -> None:
     n = 1_000_000
     sharded = rows(lambda x, i: x[: len(i)], lambda x, i: None, m=100, n=n)
-    with pytest.raises(MemoryError, match=r"The sums J'J need 8000.01 GB, and .* are free"):
+    with pytest.raises(MemoryError, match=r"The sums J'J need 16000.02 GB, and .* are free"):
         sharded.linearize(np.zeros(n))
 
 

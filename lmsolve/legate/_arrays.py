@@ -2,31 +2,24 @@
 
 The parameters, and all that is n-sized, are NumPy on the host, alike on every rank: an operation
 of Legate costs some 300 us, and a trial has dozens of n-sized ones. The user's functions see
-cuPyNumeric arrays all the same. The Jacobian stays where it is, and J'J, J'r and, where those are
-ill-conditioned, the triangular factor of J are reduced by Legate's tasks, a row shard each: a
-Jacobian of NumPy is read by them in place, block by block, and not copied. The residuals (m,)
-come to the host at each trial, a view of Legate's memory where that is the host's.
+cuPyNumeric arrays all the same. What they return, residuals (m,) and a Jacobian (m, n), stays
+where it is, and is reduced there (`_sums`). Only what is too small to gain comes to the host.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 
-from lmsolve._subproblem import NormalEquations, Subproblem, dense_subproblem
-from lmsolve._xp import Array, Namespace, is_cupynumeric, to_numpy
+from lmsolve._problem import LOCAL, LocalSums
+from lmsolve._xp import is_cupynumeric, to_numpy
 
-from ._blocks import NumpyBlocks
-from ._rows import BlockFunctions, RowProblem, rows_of_block
-from ._start import check_startable, start
-
-#: With fewer multiplications than this in J'J (m n^2) a launch costs more than it saves.
-SMALL = 2e8
+from ._start import start
+from ._sums import ShardedSums
 
 
 @dataclass(frozen=True)
@@ -37,7 +30,7 @@ class Placement:
     x0: Any
     jac: Any
     callback: Any
-    dense: Callable[..., Subproblem]
+    sums: LocalSums
     finish: Callable[[Any], Any]
 
 
@@ -45,98 +38,51 @@ def place(fun: Any, x0: Any, jac: Any, callback: Any, backend: str | None) -> Pl
     """The call as ``backend`` (None, 'auto', 'numpy', 'cupynumeric') and x0 ask for it."""
     if backend == "cupynumeric":
         start()
-    dense: Callable[..., Subproblem] = dense_subproblem
-    if backend != "numpy":
-        dense = ShardedSums(0.0 if backend == "cupynumeric" else SMALL)
+    sums = LOCAL if backend == "numpy" else ShardedSums(backend == "cupynumeric")
     if not is_cupynumeric(x0):
-        return Placement(fun, x0, jac, callback, dense, lambda result: result)
+        return Placement(fun, x0, jac, callback, sums, lambda result: result)
+    pays = sums.pays if isinstance(sums, ShardedSums) else _never
     return Placement(
-        fun if hasattr(fun, "linearize") or not callable(fun) else partial(_called, fun),
+        fun if hasattr(fun, "linearize") or not callable(fun) else Called(fun, pays),
         to_numpy(x0).copy(),
-        partial(_called_jacobian, jac, backend != "numpy") if callable(jac) else jac,
+        Called(jac, pays) if callable(jac) else jac,
         None if callback is None else _callback(callback),
-        dense,
+        sums,
         _moved_back,
     )
 
 
-class ShardedSums:
-    """`dense_subproblem` with its sums over rows taken by Legate, where that pays."""
-
-    def __init__(self, smallest: float) -> None:
-        self._smallest = smallest
-        self._problem: RowProblem | None = None
-
-    def __call__(
-        self, xp: Namespace, J: Array, r: Array, weights: Array | None = None
-    ) -> Subproblem:
-        """Subproblem of J (m, n) with weights (m,), and residuals r (m,) weighted already."""
-        m, n = J.shape
-        if m < n or m * n * n < self._smallest or not _startable():
-            return dense_subproblem(xp, to_numpy(J), r, weights)
-        data = (J, r) if weights is None else (J, r, weights)
-        if self._problem is None:
-            functions = BlockFunctions(
-                _residuals,
-                _weighted_rows,
-                n=n,
-                blocks=NumpyBlocks("float64"),
-                loss=None,
-                block_rows=rows_of_block(n),
-            )
-            self._problem = RowProblem(functions, m, data)
-        else:
-            self._problem.place(m, data)
-        sums = self._problem.linearize(np.zeros(n, dtype=r.dtype))
-        assert isinstance(sums, NormalEquations)
-        return sums
+def _never(m: int, n: int) -> bool:
+    return False
 
 
-def _residuals(x: Array, J: Array, r: Array, *weights: Array) -> Array:
-    return r
+class Called:
+    """A user's function at NumPy parameters (n,): it sees a cuPyNumeric array.
 
+    Of what it returns real arrays of as many rows as pay stay in Legate's memory.
+    """
 
-def _weighted_rows(x: Array, J: Array, r: Array, *weights: Array) -> tuple[Array, Array]:
-    return r, J * weights[0][:, None] if weights else J
+    stays = True
 
+    def __init__(self, function: Callable[..., Any], pays: Callable[[int, int], bool]) -> None:
+        self._function, self._pays = function, pays
+        if hasattr(function, "words"):
+            self.words = function.words
 
-def _startable() -> bool:
-    """Whether Legate runs, or would start."""
-    try:
-        check_startable()
-    except (ImportError, RuntimeError):
-        return False
-    return True
+    def __call__(self, x: np.ndarray, *args: Any, **kwargs: Any) -> Any:
+        """An array, a pair, or an iterator of either."""
+        return self._taken(self._function(start().array(x), *args, **kwargs), x)
 
-
-def _called(fun: Callable[..., Any], x: np.ndarray, *args: Any, **kwargs: Any) -> Any:
-    """What ``fun`` makes of x as a cuPyNumeric array, on the host."""
-    return _on_host(fun(start().array(x), *args, **kwargs))
-
-
-def _called_jacobian(
-    jac: Callable[..., Any], stay: bool, x: np.ndarray, *args: Any, **kwargs: Any
-) -> Any:
-    """What ``jac`` makes of x; a real matrix stays in Legate's memory if it may."""
-    J = jac(start().array(x), *args, **kwargs)
-    if stay and is_cupynumeric(J) and J.ndim == 2 and J.dtype.kind == "f":
-        return J
-    return _on_host(J)
-
-
-def _on_host(value: Any) -> Any:
-    """cuPyNumeric arrays in a function's value as NumPy's: one, a pair, or an iterator of them."""
-    if is_cupynumeric(value):
-        return to_numpy(value)
-    if isinstance(value, tuple):
-        return tuple(_on_host(v) for v in value)
-    if hasattr(value, "__next__"):
-        return _each(value)
-    return value
-
-
-def _each(values: Iterator[Any]) -> Iterator[Any]:
-    return (_on_host(value) for value in values)
+    def _taken(self, value: Any, x: np.ndarray) -> Any:
+        if is_cupynumeric(value):
+            real = value.dtype.kind == x.dtype.kind == "f" and value.ndim in (1, 2)
+            m, n = value.shape[0] if value.ndim else 1, x.shape[0]
+            return value if real and m >= n and self._pays(m, n) else to_numpy(value)
+        if isinstance(value, tuple):
+            return tuple(self._taken(v, x) for v in value)
+        if hasattr(value, "__next__"):
+            return (self._taken(v, x) for v in value)
+        return value
 
 
 def _callback(callback: Any) -> Any:

@@ -18,7 +18,7 @@ import numpy as np
 from lmsolve._xp import Array
 
 Function = Callable[..., Any]
-Functions = tuple[Function, Function]
+Functions = tuple[Function, Function | None]
 #: Columns of J'J that are made at once: more need as much memory again for the product.
 PANEL = 2048
 

@@ -107,10 +107,18 @@ class Launch:
                 texts = read(_submit(_TELL, self._number, self._shards, self._target, TEXT))
                 _raise_first(self._number, texts)
         finally:
-            del _jobs[self._number]
-            for key in [key for key in _failures if key[0] == self._number]:
-                del _failures[key]
+            self._forget()
         return status[:, 1:]
+
+    def finish(self) -> list[Exception]:
+        """Wait without reading anything; exceptions of this rank's own shards."""
+        get_legate_runtime().issue_execution_fence(block=True)
+        return self._forget()
+
+    def _forget(self) -> list[Exception]:
+        del _jobs[self._number]
+        own = sorted(key for key in _failures if key[0] == self._number)
+        return [_failures.pop(key) for key in own]
 
 
 def processors(target: TaskTarget) -> int:
@@ -284,7 +292,7 @@ def _run(context: TaskContext) -> None:
     except Exception as failure:  # noqa: BLE001  one that leaves the task aborts the process
         _failures[number, index] = failure
         status[0, 0] = 1.0
-    _write(stores[0], status, context.task_stream)
+    write(stores[0], status, context.task_stream)
 
 
 def _tell(context: TaskContext) -> None:
@@ -294,10 +302,10 @@ def _tell(context: TaskContext) -> None:
     text = b"" if failure is None else _encode(failure)
     row = np.zeros((1, TEXT), dtype=np.uint8)
     row[0, : len(text)] = np.frombuffer(text, dtype=np.uint8)
-    _write(context.outputs[0].data(), row, context.task_stream)
+    write(context.outputs[0].data(), row, context.task_stream)
 
 
-def _write(store: PhysicalStore, values: np.ndarray, stream: int | None) -> None:
+def write(store: PhysicalStore, values: np.ndarray, stream: int | None) -> None:
     """Fill a store, in a GPU's memory where the task runs on one."""
     if stream is None:
         host_view(store)[...] = values

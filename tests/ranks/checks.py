@@ -59,6 +59,41 @@ def fitted_by_torch() -> dict[str, Any]:
     return {"cost": result.cost.hex(), "bits": result.x.tobytes().hex()}
 
 
+def fitted_arrays() -> dict[str, Any]:
+    """Residuals and Jacobian that are cuPyNumeric arrays."""
+    fun, jac = arrays()
+    result = least_squares(fun, xp.array(X0), jac, backend="cupynumeric", max_nfev=4)
+    return {"cost": result.cost.hex(), "bits": np.asarray(result.x).tobytes().hex()}
+
+
+def streamed_arrays() -> dict[str, Any]:
+    """The same in blocks, whose sums stay with the shards of each rank until the last one."""
+    fun, jac = arrays()
+    cuts = (slice(0, 600), slice(600, len(T)))
+    result = least_squares(
+        lambda x: (fun(x)[cut] for cut in cuts),
+        xp.array(X0),
+        lambda x: ((fun(x)[cut], jac(x)[cut]) for cut in cuts),
+        backend="cupynumeric",
+        max_nfev=4,
+    )
+    return {"cost": result.cost.hex(), "bits": np.asarray(result.x).tobytes().hex()}
+
+
+def arrays() -> tuple[Any, Any]:
+    """The decay as functions of cuPyNumeric arrays."""
+    t, y = xp.array(T), xp.array(Y)
+
+    def fun(x: Any) -> Any:
+        return x[0] * xp.exp(-x[1] * t) + x[2] - y
+
+    def jac(x: Any) -> Any:
+        e = xp.exp(-x[1] * t)
+        return xp.stack([e, -x[0] * t * e, xp.ones_like(t)], axis=1)
+
+    return fun, jac
+
+
 def reduced_by_qr() -> dict[str, Any]:
     """An ill-conditioned problem goes over to the triangular factors of both ranks."""
     A, b = nearly_dependent()
@@ -110,6 +145,8 @@ CHECKS: tuple[Callable[[], dict[str, Any]], ...] = (
     fitted,
     fitted_from_host_data,
     fitted_by_torch,
+    fitted_arrays,
+    streamed_arrays,
     reduced_by_qr,
     exception_of_one_rank,
     trouble_of_one_rank,
