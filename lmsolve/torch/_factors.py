@@ -11,8 +11,9 @@ Symbols: B samples, k residuals of each, T places, J (B, k, n).
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ._network import Batch, Network
+
+_ALL = slice(None)
 
 
 class Unsupported(Exception):
@@ -37,30 +40,43 @@ class Factor:
     """
 
     g: list[Tensor]
-    places: Callable[[slice], Tensor] | None  # samples -> a (b, T, i)
+    inputs: Tensor | Patches | None  # a (B, T, i)
     outer: bool
     single: bool  # T is 1
 
-    def rows(self, k: int, samples: slice, first: slice) -> Tensor:
-        """Rows (b, o, i) or (b, o) of residual k, for some samples and some of the first axis."""
-        g = self.g[k][samples, :, first]
-        if self.places is None:
-            return g[:, 0] if self.single else g.sum(1)
-        a = self.places(samples)
-        if self.outer:
-            return g[:, 0, :, None] * a[:, :1] if self.single else g.mT @ a
-        return (g * a[:, :, first]).sum(1)
+    @property
+    def a(self) -> Tensor:
+        """Inputs (B, T, i) of a factor that has them."""
+        assert self.inputs is not None
+        return self.inputs.places() if isinstance(self.inputs, Patches) else self.inputs
 
-    def write(self, k: int, samples: slice, out: Tensor) -> None:
-        """Rows of residual k into `out` (b, size), in its dtype."""
+    def split(self, samples: int) -> list[Factor]:
+        """Factors of consecutive runs of samples."""
+        g = zip(*(torch.split(v, samples) for v in self.g), strict=True)
+        if self.inputs is None:
+            return [Factor(list(v), None, self.outer, self.single) for v in g]
+        both = zip(g, self.inputs.split(samples), strict=True)
+        return [Factor(list(v), a, self.outer, self.single) for v, a in both]
+
+    def rows(self, k: int, first: slice = _ALL) -> Tensor:
+        """Rows (B, o, i) or (B, o) of residual k, for some of the first axis."""
+        g = self.g[k][:, :, first]
+        if self.inputs is None:
+            return g[:, 0] if self.single else g.sum(1)
+        if self.outer:
+            return g[:, 0, :, None] * self.a[:, :1] if self.single else g.mT @ self.a
+        return (g * self.a[:, :, first]).sum(1)
+
+    def write(self, k: int, out: Tensor) -> None:
+        """Rows of residual k into `out` (B, size), in its dtype."""
         if not self.single:
-            out.copy_(self.rows(k, samples, slice(None)).flatten(1))
+            out.copy_(self.rows(k).flatten(1))
             return
-        g = self.g[k][samples, 0]
-        if self.places is None:
+        g = self.g[k].squeeze(1)
+        if self.inputs is None:
             out.copy_(g)
             return
-        a = self.places(samples)[:, 0]
+        a = self.a.squeeze(1)
         if self.outer and g.shape[1] > 1 and a.shape[1] > 1:
             torch.mul(
                 g[:, :, None], a[:, None, :], out=torch.unflatten(out, 1, (g.shape[1], a.shape[1]))
@@ -70,24 +86,30 @@ class Factor:
 
     def transposed_product(self, z: Tensor) -> Tensor:
         """`sum of z (B, k) times rows`: the parameter's part of J'z, flat."""
-        g = sum_over_k(self.g, z)
-        everything = slice(None)
-        if self.places is None:
-            return g.sum((0, 1))
-        a = self.places(everything)
-        if self.outer:
-            return (g.flatten(0, 1).mT @ a.flatten(0, 1)).reshape(-1)
-        return (g * a).sum((0, 1))
+        if self.inputs is None:
+            parts = [self.rows(k).mT @ z[:, k] for k in range(len(self.g))]
+            return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+        a = self.a
+        if not self.outer:
+            return (sum_over_k(self.g, z) * a).sum((0, 1))
+        if len(self.g) == 1 and a.shape[2] < self.g[0].shape[2]:  # the narrower takes the weights
+            g, a = self.g[0], a * z[:, :, None]
+        else:
+            g = sum_over_k(self.g, z)
+        return (g.flatten(0, 1).mT @ a.flatten(0, 1)).reshape(-1)
 
     def product(self, p: Tensor) -> Tensor:
         """`rows @ p`: the parameter's part of J p, (B, k)."""
-        if self.places is None:
-            image = p.reshape(1, 1, -1)
-        elif self.outer:
-            a = self.places(slice(None))
-            image = a @ p.reshape(-1, a.shape[-1]).mT
+        if self.inputs is None:
+            return torch.stack([(g @ p).sum(1) for g in self.g], 1)
+        a = self.a
+        if not self.outer:
+            image = a * p
         else:
-            image = self.places(slice(None)) * p
+            P = p.reshape(-1, a.shape[2])
+            if len(self.g) == 1 and a.shape[2] < P.shape[0]:  # the narrower makes the image
+                return (a * (self.g[0] @ P)).sum((1, 2))[:, None]
+            image = a @ P.mT
         return torch.stack([(g * image).sum((1, 2)) for g in self.g], 1)
 
 
@@ -107,25 +129,30 @@ class Pass:
     cost: Tensor  # (B,)
     factors: list[list[Factor]]  # for each parameter, one factor a call
 
-    def jacobian(self, samples: slice, J: Tensor, offsets: tuple[int, ...]) -> None:
-        """Write the rows of some samples into `J` (b, k, n)."""
-        for index, uses in enumerate(self.factors):
-            span = slice(offsets[index], offsets[index + 1])
-            if not uses:
-                J[:, :, span] = 0
-            for k in range(J.shape[1]):
-                for use in uses[:1]:
-                    use.write(k, samples, J[:, k, span])
-                for use in uses[1:]:
-                    J[:, k, span] += use.rows(k, samples, slice(None)).flatten(1)
+    def jacobian(self, buffer: Tensor, offsets: tuple[int, ...]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows r (b, k) and J (b, k, n) of consecutive samples, J in a buffer that is reused."""
+        step, k = buffer.shape[:2]
+        spans = itertools.pairwise(offsets)
+        columns = [buffer[:, :, lo:hi].unbind(1) for lo, hi in spans]
+        parts = [[use.split(step) for use in uses] for uses in self.factors]
+        for number, r in enumerate(torch.split(self.rows, step)):
+            b = len(r)
+            for targets, uses in zip(columns, parts, strict=True):
+                outs = targets if b == step else [target[:b] for target in targets]
+                for row in range(k):
+                    if not uses:
+                        outs[row].zero_()
+                    for use in uses[:1]:
+                        use[number].write(row, outs[row])
+                    for use in uses[1:]:
+                        outs[row].add_(use[number].rows(row).flatten(1))
+            yield r, buffer[:b]
 
 
 def supported(network: Network) -> bool:
     """Whether every trainable parameter belongs to layers whose rows factor."""
-    trainable = set(network.parameters.names)
-    known = {id(p) for layer in _layers(network.module) for p in layer.parameters(recurse=False)}
-    owners = dict(network.module.named_parameters())
-    return all(id(owners[name]) in known for name in trainable)
+    known = [own.values() for layer, own in network.owners.items() if _factorises(layer)]
+    return set(itertools.chain(*known)) == set(range(len(network.parameters.names)))
 
 
 def run(
@@ -137,25 +164,15 @@ def run(
 ) -> Pending:
     """Forward pass that keeps what the factors need; the backward pass comes on demand."""
     calls: list[_Call] = []
-    index = {
-        id(p): i
-        for i, name in enumerate(network.parameters.names)
-        for p in [network.module.get_parameter(name)]
-    }
-    by_layer = {
-        layer: {key: index[id(p)] for key, p in layer.named_parameters(recurse=False)
-                if id(p) in index}
-        for layer in _layers(network.module)
-    }  # fmt: skip
 
     def keep(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         a = args[0] if args and isinstance(args[0], Tensor) else None
         if a is None or a.ndim < 2 or a.shape[0] != batch.size or not output.requires_grad:
             raise Unsupported
         a = a.detach()
-        calls.append(_Call(layer, a, a._version, get_gradient_edge(output), by_layer[layer]))
+        calls.append(_Call(layer, a, a._version, get_gradient_edge(output), network.owners[layer]))
 
-    handles = [layer.register_forward_hook(keep) for layer, own in by_layer.items() if own]
+    handles = [v.register_forward_hook(keep) for v in network.owners if _factorises(v)]
     try:
         leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
         judged = network.judge(leaves, batch, scale, seed)
@@ -216,13 +233,10 @@ class Pending:
         return Pass(self.graph.detach(), self.cost, factors)
 
 
-def _layers(module: nn.Module) -> list[nn.Module]:
-    """Submodules whose rows factor. Exact types: a subclass may compute anything."""
-    return [m for m in module.modules() if type(m) in _KINDS and _plain(m)]
-
-
-def _plain(layer: nn.Module) -> bool:
-    """Whether a layer of a known type is used in the way the formulas assume."""
+def _factorises(layer: nn.Module) -> bool:
+    """Whether a layer's rows factor. Exact types: a subclass may compute anything."""
+    if type(layer) not in _KINDS:
+        return False
     if isinstance(layer, nn.Conv1d | nn.Conv2d):
         return layer.groups == 1 and layer.padding_mode == "zeros"
     if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
@@ -237,47 +251,46 @@ def _factors(call: _Call, g: list[Tensor]) -> list[tuple[str, Factor]]:
     """Factors of a call's own parameters from the gradients in its output."""
     layer, a = call.layer, call.a
     B = a.shape[0]
-    places: Callable[[slice], Tensor]
+    inputs: Tensor | Patches
+    outer = isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d)
     if isinstance(layer, nn.Linear):
-        outer = True
         g = [v.reshape(B, -1, layer.out_features) for v in g]
-        flat = a.reshape(B, -1, layer.in_features)
-        places = flat.__getitem__
+        inputs = a.reshape(B, -1, layer.in_features)
     elif isinstance(layer, nn.Conv1d | nn.Conv2d):
-        outer = True
         g = [v.flatten(2).mT for v in g]
-        places = _Patches(layer, a)
+        inputs = Patches(layer, a)
     elif isinstance(layer, nn.LayerNorm):
-        outer = False
         size = math.prod(layer.normalized_shape)
         g = [v.reshape(B, -1, size) for v in g]
-        normal = F.layer_norm(a, layer.normalized_shape, eps=layer.eps).reshape(B, -1, size)
-        places = normal.__getitem__
+        inputs = F.layer_norm(a, layer.normalized_shape, eps=layer.eps).reshape(B, -1, size)
     elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
-        outer = False
         g = [v.flatten(2).mT if v.ndim > 2 else v[:, None] for v in g]
         normal = F.batch_norm(a, layer.running_mean, layer.running_var, eps=layer.eps)
-        normal = normal.flatten(2).mT if a.ndim > 2 else normal[:, None]
-        places = normal.__getitem__
+        inputs = normal.flatten(2).mT if a.ndim > 2 else normal[:, None]
     else:
         raise Unsupported
     single = g[0].shape[1] == 1
     both = {
-        "weight": Factor(g, places, outer, single),
+        "weight": Factor(g, inputs, outer, single),
         "bias": Factor(g, None, False, single),
     }
     return [(key, both[key]) for key in call.own]
 
 
 @dataclass(frozen=True)
-class _Patches:
-    """Inputs of a convolution as places (b, T, channels * kernel), unfolded only when asked for."""
+class Patches:
+    """Inputs of a convolution, unfolded only when asked for."""
 
     layer: nn.Conv1d | nn.Conv2d
     a: Tensor
 
-    def __call__(self, samples: slice) -> Tensor:
-        layer, a = self.layer, self.a[samples]
+    def split(self, samples: int) -> list[Patches]:
+        """Patches of consecutive runs of samples."""
+        return [Patches(self.layer, a) for a in torch.split(self.a, samples)]
+
+    def places(self) -> Tensor:
+        """Places (B, T, channels * kernel)."""
+        layer, a = self.layer, self.a
         if isinstance(layer, nn.Conv1d):  # a height of one makes it two-dimensional
             a = a[:, :, None]
         lead = (1,) * (4 - layer.weight.ndim)
@@ -318,7 +331,5 @@ def _joined_factor(parts: list[Factor]) -> Factor:
     """One factor over the samples of several."""
     first = parts[0]
     g = [torch.cat([p.g[k] for p in parts]) for k in range(len(first.g))]
-    if first.places is None:
-        return Factor(g, None, first.outer, first.single)
-    a = torch.cat([p.places(slice(None)) for p in parts if p.places is not None])
-    return Factor(g, a.__getitem__, first.outer, first.single)
+    a = None if first.inputs is None else torch.cat([p.a for p in parts])
+    return Factor(g, a, first.outer, first.single)

@@ -121,10 +121,8 @@ def rows_of_pass(network: Network, found: _factors.Pass, dtype: torch.dtype) -> 
     B, k = found.rows.shape
     step = min(B, max(1, block_rows(offsets[-1], dtype) // k))
     buffer = found.rows.new_empty((step, k, offsets[-1]), dtype=dtype)
-    for lo in range(0, B, step):
-        J = buffer[: min(step, B - lo)]
-        found.jacobian(slice(lo, lo + step), J, offsets)
-        yield found.rows[lo : lo + step].reshape(-1), J.flatten(0, 1)
+    for r, J in found.jacobian(buffer, offsets):
+        yield r.reshape(-1), J.flatten(0, 1)
 
 
 def block_rows(n: int, dtype: torch.dtype) -> int:

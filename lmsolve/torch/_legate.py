@@ -306,8 +306,8 @@ class LegateProblem(NetworkProblem):
         gram, grad = sums[: n * n].view(n, n), sums[n * n :]
         if self.plan.coupled:
             r = self._rows(self._point(x)).to(x.dtype)
-            products, bend = self._products(x), self._bend(x, r)
-            return TallSubproblem(gram, grad, x, r, products, self.settings.decay, bend)
+            products, slope = self._products(x), self._slope(x, r)
+            return TallSubproblem(gram, grad, x, r, products, self.settings.decay, slope)
         bent = self.settings.acceleration and network.objective.exact
         curved = self._curved(x) if bent else None
         return ShardedTallSubproblem(gram, grad, x, self._products(x), self.settings.decay, curved)
@@ -323,7 +323,7 @@ class LegateProblem(NetworkProblem):
         kernel = self.cluster.read(store, "matrix").to(x.device)
         r = self._rows(self._point(x)).to(x.dtype)
         products, decay = self._products(x), self.settings.decay
-        return WideSubproblem(kernel, x, r, products, decay, self._bend(x, r))
+        return WideSubproblem(kernel, x, r, products, decay, self._slope(x, r))
 
     def _products(self, x: Tensor) -> Products:
         return super()._products(x) if self.plan.coupled else ShardedProducts(self, x)

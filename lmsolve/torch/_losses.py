@@ -81,18 +81,30 @@ def from_residual(residual: ResidualFunction | None) -> Objective:
                 "`residual` must return one value per residual, got a scalar: leave out the "
                 "reduction, the solver squares and sums."
             )
-        rows = r.reshape(size, -1) if r.shape[0] == size else r.reshape(1, -1)
-        return Judged(rows, 0.5 * rows.to(torch.float64).square().sum(1))
+        return half_squares(r.reshape(size, -1) if r.shape[0] == size else r.reshape(1, -1))
 
     return Objective("residual", judge, exact=True)
 
 
+def half_squares(rows: Tensor) -> Judged:
+    """Residuals (B, k) and half the sums of their squares."""
+    return Judged(rows, 0.5 * rows.detach().to(torch.float64).square().sum(1))
+
+
+def _mse(output: Any, target: Any, size: int) -> Judged:
+    check_same_shape(output, target)
+    r = (output - target.to(output.dtype)).reshape(size, -1)
+    return half_squares(r * math.sqrt(2 / r.shape[1]))
+
+
 def from_loss(name: str) -> Objective:
     """A convex loss by name, averaged as torch's function of that name does."""
+    if name == "mse":
+        return Objective(name, _mse, exact=True)
     if name == "cross_entropy":
         return Objective(name, _cross_entropy, exact=False)
     if name not in _POINTWISE:
-        known = ["cross_entropy", *_POINTWISE]
+        known = ["mse", "cross_entropy", *_POINTWISE]
         raise ValueError(f"`loss` must be one of {known}, got {name!r}.")
     expand = _POINTWISE[name]
 
@@ -107,7 +119,7 @@ def from_loss(name: str) -> Objective:
         rows = (s + root * (z - z.detach())) * math.sqrt(each)
         return Judged(rows, value.to(torch.float64).sum(1) * each)
 
-    return Objective(name, judge, exact=name == "mse")
+    return Objective(name, judge, exact=False)
 
 
 def difference(output: Any, target: Any) -> Tensor:
@@ -135,10 +147,6 @@ def _floor(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps
 
 
-def _mse(z: Tensor, y: Tensor) -> Expansion:
-    return Expansion((z - y) ** 2, 2 * (z - y), torch.full_like(z, 2.0))
-
-
 def _bce(z: Tensor, y: Tensor) -> Expansion:
     value = F.binary_cross_entropy_with_logits(z, y, reduction="none")
     p = torch.sigmoid(z)
@@ -158,7 +166,6 @@ def _huber(z: Tensor, y: Tensor) -> Expansion:
 
 
 _POINTWISE: dict[str, Callable[[Tensor, Tensor], Expansion]] = {
-    "mse": _mse,
     "bce": _bce,
     "poisson": _poisson,
     "huber": _huber,

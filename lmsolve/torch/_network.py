@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -62,6 +63,22 @@ class Network:
     module: nn.Module
     parameters: Parameters
     objective: Objective
+
+    @cached_property
+    def owners(self) -> dict[nn.Module, dict[str, int]]:
+        """Submodules with trainable parameters of their own: which, by their names there."""
+        index = {
+            id(self.module.get_parameter(name)): i for i, name in enumerate(self.parameters.names)
+        }
+        found = {
+            module: {
+                key: index[id(p)]
+                for key, p in module.named_parameters(recurse=False)
+                if id(p) in index
+            }
+            for module in self.module.modules()
+        }
+        return {module: own for module, own in found.items() if own}
 
     def judge(
         self, tensors: Mapping[str, Tensor], batch: Batch, scale: float, seed: int | None = None

@@ -20,10 +20,11 @@ from ._jacobian import Plan, Point
 from ._network import Batch, Network
 from ._products import FactorProducts, GraphProducts, HeldProducts
 from ._subproblems import (
-    Bend,
+    AHEAD,
     Linearised,
     MatrixFreeSubproblem,
     Products,
+    Slope,
     TallSubproblem,
     WideSubproblem,
 )
@@ -35,8 +36,6 @@ T = TypeVar("T")
 _MATRICES = 3
 # Beyond this size a square matrix of a float32 model stays in float32. Measured: docs/torch.md.
 _WIDE_ACCUMULATOR = 16384
-# Share of a step at which its curvature is looked at, as in Transtrum and Sethna (2012).
-AHEAD = 0.1
 # Relative damping above which products of float32 rows may be made in float32.
 COARSE = 1e-3
 # Bytes of J that are kept for two products a trial, which otherwise cost a pass each.
@@ -91,11 +90,6 @@ def block_sums(
     for r, J in _jacobian.stream(network, block, point, plan):
         sums.add(r, J)
     return BlockSums(sums.gram, sums.grad, cost)
-
-
-def second_difference(r: Tensor, ahead: Tensor, Jp: Tensor) -> Tensor:
-    """r_pp from r(x + hp) = r + h Jp + h^2/2 r_pp, with h = AHEAD."""
-    return (2 / AHEAD) * ((ahead - r) / AHEAD - Jp)
 
 
 def add_pass(network: Network, pending: _factors.Pending, sums: NormalSums) -> None:
@@ -237,8 +231,8 @@ class NetworkProblem:
                 r.append(found.rows.reshape(-1))
             products = FactorProducts(done, network.parameters.offsets)
         whole = torch.cat(r).to(x.dtype)
-        bend = self._bend(x, whole)
-        return TallSubproblem(sums.gram, sums.grad, x, whole, products, decay, bend)
+        slope = self._slope(x, whole)
+        return TallSubproblem(sums.gram, sums.grad, x, whole, products, decay, slope)
 
     def _dual(self, x: Tensor, passes: list[_factors.Pending] | None) -> WideSubproblem:
         network, point, decay = self.network, self._point(x), self.settings.decay
@@ -262,7 +256,7 @@ class NetworkProblem:
             r = self._rows(point)
             kernel = self._kernel_by_groups(point, dtype)
         r = r.to(x.dtype)
-        return WideSubproblem(kernel, x, r, products, decay, self._bend(x, r))
+        return WideSubproblem(kernel, x, r, products, decay, self._slope(x, r))
 
     def _matrix_free(self, x: Tensor) -> MatrixFreeSubproblem:
         products = self._products(x)
@@ -277,8 +271,8 @@ class NetworkProblem:
         """J at x as an operator that holds nothing."""
         return GraphProducts(self.network, self.batch, self._point(x), self._evaluation_samples())
 
-    def _bend(self, x: Tensor, r: Tensor) -> Bend | None:
-        """Second derivative of the residuals along a step, by a difference; None for losses.
+    def _slope(self, x: Tensor, r: Tensor) -> Slope | None:
+        """Slope of the residuals along a step, over a share of it; None for losses.
 
         The rows of a loss are linear in the outputs by construction: they have no second
         derivative to speak of.
@@ -286,11 +280,11 @@ class NetworkProblem:
         if not (self.settings.acceleration and self.network.objective.exact):
             return None
 
-        def bend(p: Tensor, Jp: Tensor) -> Tensor:
-            ahead = self._retry(lambda: self._rows(self._point(x + AHEAD * p))).to(r.dtype)
-            return second_difference(r, ahead, Jp)
+        def slope(p: Tensor) -> Tensor:
+            ahead = self._retry(lambda: self._rows(self._point(x + AHEAD * p)))
+            return (ahead.to(r.dtype) - r) / AHEAD
 
-        return bend
+        return slope
 
     def _rows(self, point: Point) -> Tensor:
         """All rows r (m,)."""

@@ -30,9 +30,9 @@ from . import _factors, _jacobian
 from ._factors import Factor, Pass, Pending
 from ._jacobian import Plan, Point
 from ._network import Batch, Network
-from ._problem import AHEAD, HELD, Settings, second_difference
+from ._problem import HELD, Settings
 from ._products import FactorProducts, GraphProducts, HeldProducts
-from ._subproblems import Products
+from ._subproblems import AHEAD, Products, second_derivative
 from ._sums import DualKernel, NormalSums
 
 if TYPE_CHECKING:
@@ -232,9 +232,7 @@ def unfolded(found: Pass) -> Pass:
     """A pass for several products: what a convolution sees at its places is laid out once."""
 
     def laid_out(use: Factor) -> Factor:
-        if use.places is None:
-            return use
-        return replace(use, places=use.places(slice(None)).__getitem__)
+        return use if use.inputs is None else replace(use, inputs=use.a)
 
     return replace(found, factors=[[laid_out(use) for use in uses] for uses in found.factors])
 
@@ -356,7 +354,8 @@ class CurvatureJob(Job):
         for block, products, r in self.linear(here):
             Jp = products.product(p).to(x.dtype)
             r_ahead = self.rows(replace(here, batch=block, point=ahead)).to(x.dtype)
-            out += products.transposed(second_difference(r.to(x.dtype), r_ahead, Jp))
+            slope = (r_ahead - r.to(x.dtype)) / AHEAD
+            out += products.transposed(second_derivative(slope, Jp))
         return 0.0
 
 

@@ -125,8 +125,8 @@ class SplitProblem(NetworkProblem):
             if x.device.type != "cpu":
                 self.cluster.traffic["jacobian"] += products.J.nbytes
         gram, grad = sums[: n * n].view(n, n), sums[n * n :]
-        bend = self._bend(x, whole)
-        return TallSubproblem(gram, grad, x, whole, products, self.settings.decay, bend)
+        slope = self._slope(x, whole)
+        return TallSubproblem(gram, grad, x, whole, products, self.settings.decay, slope)
 
     def _slices(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Rows on the host, in order; as many slices under way as there are devices."""
