@@ -83,9 +83,9 @@ def stepper(contender: str, model: nn.Module, x: Tensor, y: Tensor) -> Callable[
 
 def report_linalg(linalg: str, smoke: bool) -> None:
     """A step, and the kB of it that pass between the host and Legate's tasks, in this process."""
+    from lmsolve.torch._cluster import TRAFFIC
     from lmsolve.torch._data import make_batch
     from lmsolve.torch._descent import Descent
-    from lmsolve.torch._legate import TRAFFIC
     from lmsolve.torch._session import Options, Session
 
     kinds = TRAFFIC if linalg != "torch" else ()

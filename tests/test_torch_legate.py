@@ -6,9 +6,16 @@ import argparse
 import gc
 import importlib.util
 import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +26,7 @@ from torch import nn  # noqa: E402  (after the skip)
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
 from lmsolve.legate._start import inspect_machine, obstacle  # noqa: E402
-from lmsolve.torch import LM, _legate, fit  # noqa: E402
+from lmsolve.torch import LM, _cluster, _setup, available_gpus, fit  # noqa: E402
 from tests.test_legate_ranks import launch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,7 +63,7 @@ def assert_same(pair: tuple[Any, Any], rtol: float = 1e-8) -> None:
 
 def session(model: nn.Module, data: Any, **options: Any) -> Any:
     """A session that looks at a batch."""
-    optimizer = LM(model, linalg="legate", **options)
+    optimizer = LM(model, **{"linalg": "legate", **options})
     optimizer.step(*data)
     return optimizer._session
 
@@ -78,16 +85,53 @@ def test_processors_that_torch_cannot_use_are_told_with_the_remedy(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     cpu, cuda = torch.device("cpu"), torch.device("cuda:0")
     with pytest.raises(RuntimeError, match="--cpus 1"):
-        _legate.check_processors(0, 0, cpu)
+        _setup.check_processors(0, 0, cpu)
     with pytest.raises(RuntimeError, match=r"holds 2 GPUs.*CUDA build"):
-        _legate.check_processors(2, 2, cpu)
+        _setup.check_processors(2, 2, cpu)
     with pytest.raises(RuntimeError, match=r"is on cuda:0.*model\.cpu"):
-        _legate.check_processors(2, 0, cuda)
+        _setup.check_processors(2, 0, cuda)
     with pytest.raises(ValueError, match="one process, got 2 ranks"):
-        _legate.check_split(2, 0, [cpu])
+        _setup.check_split(2, 0, [cpu])
     with pytest.raises(ValueError, match=r"leave out the 1 GPUs.*cuda:0.*fewer --gpus"):
-        _legate.check_split(1, 1, [cuda])
-    _legate.check_split(1, 1, [torch.device("cuda:1"), cpu])
+        _setup.check_split(1, 1, [cuda])
+    _setup.check_split(1, 1, [torch.device("cuda:1"), cpu])
+
+
+def test_processes_that_legate_does_not_know_of_are_told_of_its_launcher() -> None:
+    with pytest.raises(RuntimeError, match=r"4 processes.*PMI_SIZE.*legate --launcher mpirun"):
+        _setup.check_launched(1, {"PMI_SIZE": "4"})
+    _setup.check_launched(2, {"OMPI_COMM_WORLD_SIZE": "2"})
+    _setup.check_launched(1, {"OMPI_COMM_WORLD_SIZE": "1"})
+
+
+def test_a_gpu_that_legates_pool_has_filled_is_told_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in (("memory_reserved", 3e9), ("memory_allocated", 1e9)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: int(value))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (5 * 10**8, 8 * 10**10))
+    free = int(_setup.free_gpu_bytes(None))
+    assert free == 25 * 10**8
+    _setup.check_torch_memory(free, 25 * 10**8, None)
+    with pytest.raises(MemoryError, match=r"about 4\.5 GB.*2\.5 GB are free.*--fbmem less"):
+        _setup.check_torch_memory(free, 45 * 10**8, None)
+    with pytest.raises(MemoryError, match="--fbmem 70000 or less; it has 72000 now"):
+        _setup.check_torch_memory(free, free + 2000 * 2**20, 72000 * 2**20)
+
+
+def test_gpus_that_legate_holds_are_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Runtime:
+        node_count = 2
+
+        def get_machine(self) -> Any:
+            return SimpleNamespace(count=lambda target: 6)
+
+    core = ModuleType("legate.core")
+    core.get_legate_runtime, core.TaskTarget = Runtime, SimpleNamespace(GPU=0)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "legate", ModuleType("legate"))
+    monkeypatch.setitem(sys.modules, "legate.core", core)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert available_gpus() == [torch.device("cuda:3")]
 
 
 # --- the same steps ---------------------------------------------------------------------------
@@ -101,8 +145,14 @@ def test_rows_in_shards_give_the_steps_of_one_process(m: int) -> None:
 
 @pytest.mark.legate
 def test_fewer_samples_than_processors() -> None:
-    assert_same(both(net, curve(1), max_steps=3))
-    assert session(net(), curve(1)).problem.placed.shards == 1
+    told = "A batch of 1 samples leaves 1 of Legate's 2 processors idle"
+    with pytest.warns(UserWarning, match=told):
+        assert_same(both(net, curve(1), max_steps=3))
+    with pytest.warns(UserWarning, match=told):
+        assert session(net(), curve(1)).problem.placed.shards == 1
+    with pytest.warns(UserWarning, match=told):
+        result = fit(net(), DataLoader(TensorDataset(*curve(3)), batch_size=1), linalg="legate")
+    assert len(result.notes) == 1
 
 
 @pytest.mark.legate
@@ -137,6 +187,38 @@ def test_large_normal_matrices_are_factored_by_legate(monkeypatch: pytest.Monkey
     pair = both(net, curve())
     assert_same(pair)
     assert made[0] == pair[1].steps
+
+
+@pytest.mark.legate
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("kind", ["tall", "wide"])
+def test_large_matrices_stay_on_their_processors(
+    monkeypatch: pytest.MonkeyPatch, kind: str, decay: float
+) -> None:
+    from lmsolve.legate import _cholesky
+
+    # What holds for GPUs and several ranks, on the CPUs of one.
+    monkeypatch.setattr(_cholesky, "pays", lambda n: True)
+    original = _cluster.Cluster.__init__
+
+    def pooled(self: Any, *arguments: Any) -> None:
+        original(self, *arguments)
+        self.in_process = False
+
+    monkeypatch.setattr(_cluster.Cluster, "__init__", pooled)
+    make = (lambda: net(4, 3, 2)) if kind == "tall" else (lambda: net(40, 3, 2))
+    data = cloud(41)
+    assert_same(both(make, data, weight_decay=decay))
+    optimizer = LM(make(), linalg="legate", weight_decay=decay)
+    optimizer.step(*data)
+    looked_at = optimizer._session
+    sub = looked_at.problem.linearize(looked_at.x, looked_at.problem.residual(looked_at.x))
+    assert "Banded" in type(sub).__name__
+    assert looked_at.cluster.traffic["matrix"] == looked_at.cluster.traffic["jacobian"] == 0
+    with pytest.raises(np.linalg.LinAlgError):
+        sub.solve(-1e6)
+    with pytest.raises(np.linalg.LinAlgError, match="not finite"):
+        sub.solve(float("nan"))
 
 
 class Custom(nn.Module):
@@ -229,6 +311,45 @@ def test_a_checkpoint_of_legate_goes_on_in_one_process(tmp_path: Path) -> None:
     assert resumed.cost == pytest.approx(whole.cost, rel=1e-8)
 
 
+@pytest.mark.legate
+def test_a_plan_of_forward_mode_is_not_taken_up(tmp_path: Path) -> None:
+    looked_at = session(net(), curve())
+    saved = looked_at.snapshot()
+    (key, plan), *_ = saved["plans"]
+    looked_at.restore({**saved, "plans": [(key, {**plan, "way": "forward"})]})
+    assert looked_at.plans == {}
+    looked_at.restore(saved)
+    assert list(looked_at.plans) == [key]
+
+
+@pytest.mark.legate
+def test_a_killed_run_goes_on_with_another_number_of_processors(tmp_path: Path) -> None:
+    script, path = tmp_path / "train.py", tmp_path / "state"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import os, signal, sys
+            from lmsolve.torch import fit
+            from tests.test_torch_legate import curve, net
+
+            def kill(step):
+                if step.step == 5:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            fit(net(), curve(), max_steps=9, checkpoint=sys.argv[1], checkpoint_steps=1,
+                callback=kill, linalg="legate")
+            """
+        )
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LEGATE_CONFIG": "--cpus 1 --gpus 0"}
+    done = subprocess.run([sys.executable, script, path], env=environment, timeout=300, check=False)
+    assert done.returncode == -signal.SIGKILL
+    resumed = fit(net(), curve(), max_steps=9, resume=path, linalg="legate")
+    whole = fit(net(), curve(), max_steps=9)
+    assert resumed.steps == 9
+    assert resumed.cost == pytest.approx(whole.cost, rel=1e-8)
+
+
 # --- in two components ------------------------------------------------------------------------
 
 
@@ -258,6 +379,48 @@ def test_two_components_send_each_row_through_the_host_once() -> None:
     assert looked_at.cluster.traffic["jacobian"] == looked_at.problem.njev * 61 * n * 8
     optimizer.step(x, y)
     assert looked_at.cluster.traffic["jacobian"] == 2 * 61 * n * 8
+
+
+@pytest.mark.legate
+def test_a_slice_is_added_up_while_the_next_one_is_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import lmsolve.torch._split as split
+
+    slices, waited = 0, []
+    computing, adding = split.SplitProblem._slices, split.AddJob.__call__
+    another = threading.Condition()
+
+    def computed(self: Any, x: Any) -> Any:
+        nonlocal slices
+        for rows in computing(self, x):
+            with another:
+                slices += 1
+                another.notify_all()
+            yield rows
+
+    def added(self: Any, shard: Any) -> Any:
+        with another:  # as long as the main thread has not computed one more, if there is one
+            now = self.number
+            waited.append(another.wait_for(lambda: slices > now or now == 4, timeout=20.0))
+        return adding(self, shard)
+
+    made = split.AddJob.__init__
+
+    def numbered(self: Any, *arguments: Any) -> None:
+        made(self, *arguments)
+        self.number = slices
+
+    looked_at = session(net(), curve(), linalg="legate-split")
+    problem = looked_at.problem
+    problem.plan = replace(problem.plan, samples=16)  # four slices
+    monkeypatch.setattr(split.SplitProblem, "_slices", computed)
+    monkeypatch.setattr(split.AddJob, "__init__", numbered)
+    monkeypatch.setattr(split.AddJob, "__call__", added)
+    problem.linearize(looked_at.x, problem.residual(looked_at.x))
+    assert slices == 4
+    assert len(waited) == 8
+    assert all(waited)
 
 
 @pytest.mark.legate
@@ -582,6 +745,18 @@ def test_two_ranks_end_with_the_same_bits(found: list[dict[str, Any]], check: st
 def test_examples_run_on_two_ranks(found: list[dict[str, Any]], check: str) -> None:
     assert found[0][check]
     assert found[0][check] == found[1][check]
+
+
+@pytest.mark.ranks
+def test_matrices_of_two_ranks_stay_on_their_processors(found: list[dict[str, Any]]) -> None:
+    assert found[0]["in_bands"] == found[1]["in_bands"]
+    for model, data, bands in zip(
+        (net(3), net(40, 3, 2)), (curve(), cloud()), found[0]["in_bands"], strict=True
+    ):
+        assert bands["matrix"] == 0
+        optimizer = LM(model)
+        expected = [optimizer.step(*data).loss]
+        np.testing.assert_allclose([float.fromhex(v) for v in bands["losses"]], expected, rtol=1e-8)
 
 
 @pytest.mark.ranks

@@ -84,7 +84,11 @@ def launch(
 
 
 class Launch:
-    """A launch under way; `wait` comes before the next one, and all within `no_collection`."""
+    """A launch under way; `wait` comes before the next one, and all within `no_collection`.
+
+    With `beside` the caller goes on at once. Otherwise the status has a store that is kept, and
+    Legate, which still has it mapped from the last reading, holds the caller until the job is done.
+    """
 
     def __init__(
         self,
@@ -93,18 +97,21 @@ class Launch:
         target: TaskTarget,
         inputs: Sequence[Part] = (),
         outputs: Sequence[LogicalStorePartition] = (),
+        beside: bool = False,
     ) -> None:
         self._number = next(_numbers)
         self._shards, self._target = shards, target
         _jobs[self._number] = job
-        self._rows = _submit(_RUN, self._number, shards, target, STATUS, inputs, outputs)
+        rows = _new_rows(shards, STATUS) if beside else _row_store(shards, STATUS)
+        self._rows = _submit(_RUN, self._number, target, rows, inputs, outputs)
 
     def wait(self) -> np.ndarray:
         """What the job returned, array (shards, STATUS - 1), or its exception."""
         try:
             status = read(self._rows)
             if status[:, 0].any():
-                texts = read(_submit(_TELL, self._number, self._shards, self._target, TEXT))
+                rows = _row_store(self._shards, TEXT)
+                texts = read(_submit(_TELL, self._number, self._target, rows))
                 _raise_first(self._number, texts)
         finally:
             self._forget()
@@ -167,6 +174,10 @@ class Table:
     def read(self) -> np.ndarray:
         """A host copy (shards, size), equal on every rank."""
         return read(self._store)
+
+    def columns(self, lo: int, hi: int) -> LogicalStore:
+        """Some columns (shards, hi - lo)."""
+        return self._store.slice(1, slice(lo, hi))
 
     @property
     def nbytes_read(self) -> int:
@@ -254,15 +265,14 @@ def no_collection() -> Iterator[None]:
 def _submit(
     local_id: int,
     number: int,
-    shards: int,
     target: TaskTarget,
-    width: int,
+    rows: LogicalStore,
     inputs: Sequence[Part] = (),
     outputs: Sequence[LogicalStorePartition] = (),
 ) -> LogicalStore:
     """Launch one of the two tasks; its first output, one row (width,) per shard."""
     runtime = get_legate_runtime()
-    rows = _row_store(shards, width)
+    shards, width = rows.shape
     with runtime.get_machine().only(target):
         task = runtime.create_manual_task(_library(), local_id, (shards,))
         task.add_output(rows.partition_by_tiling((1, width)))
@@ -355,6 +365,11 @@ def _decode(text: bytes) -> Exception:
 @cache
 def _row_store(shards: int, width: int) -> LogicalStore:
     """A store of one row per shard, kept: a new one per launch took two ranks twice the time."""
+    return _new_rows(shards, width)
+
+
+def _new_rows(shards: int, width: int) -> LogicalStore:
+    """A store of one row per shard."""
     dtype = types.float64 if width == STATUS else types.uint8
     return get_legate_runtime().create_store(dtype, (shards, width))
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ._data import make_batch
 from ._descent import Descent
-from ._legate import gpus_of_legate
 from ._losses import ResidualFunction
 from ._session import Options, Session, warn_notes
+from ._setup import gpus_of_legate
 
 
 class StepResult(NamedTuple):

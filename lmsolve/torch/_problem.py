@@ -204,7 +204,7 @@ class NetworkProblem:
 
     def _normal(
         self, x: Tensor, passes: list[_factors.Pending] | None, damping: float = 0.0
-    ) -> TallSubproblem:
+    ) -> Linearised:
         network, n, decay = self.network, self.network.parameters.n, self.settings.decay
         own = network.parameters.dtype if damping > COARSE else None
         sums = NormalSums(n, accumulator(network, n), x.device, own)

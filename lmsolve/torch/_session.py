@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
+from ._cluster import Cluster
 from ._descent import START, START_LOSS, Descent, FitState
 from ._jacobian import Plan, Point, choose
-from ._legate import Cluster, LegateProblem
+from ._legate import LegateProblem
 from ._losses import Objective, ResidualFunction, from_loss, from_residual
 from ._network import Batch, Network
 from ._params import Parameters, fixed_random
@@ -85,6 +86,7 @@ class Session:
         self.problem: NetworkProblem | None = None
         self.state: FitState | None = None
         self.notes: list[str] = []
+        self._idle_told = False
         self._stochastic: bool | None = None
 
     @property
@@ -101,11 +103,24 @@ class Session:
         settings = self._settings(batch, self._mask_seed(number))
         plan = self._plan(batch, settings)
         self.problem = self._problem(batch, plan, settings)
+        self._note_idle(batch)
         if self.state is None:
             start = START if self.network.objective.exact else START_LOSS
             self.state = self.solver.init(self.problem, self.x0, start)
         else:
             self.state = self.solver.resume(self.problem, self.state)
+
+    def _note_idle(self, batch: Batch) -> None:
+        """Tell once that a batch has no sample for some processors."""
+        if self._idle_told or self.options.linalg != "legate" or self.cluster is None:
+            return
+        if batch.size < self.cluster.processors:
+            self._idle_told = True
+            self.notes.append(
+                f"A batch of {batch.size} samples leaves {self.cluster.processors - batch.size} of "
+                f"Legate's {self.cluster.processors} processors idle: use larger batches, or start "
+                "Legate with fewer."
+            )
 
     @property
     def stochastic(self) -> bool:
@@ -223,7 +238,10 @@ class Session:
         state = dict(saved["state"])
         state["x"] = state["x"].to(self.x0.device)
         self.state = FitState(**state)
-        self.plans = {key: Plan(**plan) for key, plan in saved["plans"]}
+        plans = {key: Plan(**plan) for key, plan in saved["plans"]}
+        # Forward mode belongs to the whole process, and Legate's tasks are threads.
+        alone = self.cluster is None
+        self.plans = {key: plan for key, plan in plans.items() if alone or plan.way != "forward"}
         self._stochastic = saved["stochastic"]
         with torch.no_grad():
             for name, value in saved["buffers"].items():

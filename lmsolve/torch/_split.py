@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from . import _jacobian
+from ._cluster import Cluster
 from ._jacobian import Plan, Point
-from ._legate import Cluster
 from ._network import Batch, Network
 from ._params import quiet_transforms
 from ._problem import COARSE, HELD, Evaluation, NetworkProblem, Settings
@@ -91,6 +91,7 @@ class SplitProblem(NetworkProblem):
         own = network.parameters.device
         self._replicas = [network if d == own else copied(network, d) for d in devices]
         self._moved: dict[tuple[int, int], Batch] = {}
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def linearize(self, x: Tensor, r: Evaluation, damping: float = 0.0) -> Linearised:
         """Subproblem at x (n,); MemoryError where Legate's pool is too small for it."""
@@ -160,16 +161,22 @@ class SplitProblem(NetworkProblem):
             block = self._moved_once(block, device)
         with quiet_transforms():
             for r, J in _jacobian.stream(network, block, point, self.plan):
-                yield to_host(r, J)
+                yield self._to_host(r.clone(), J.clone())  # the next slice overwrites them
 
-
-def to_host(r: Tensor, J: Tensor) -> Rows:
-    """Copies of rows on the host, under way where they come from a GPU."""
-    if J.device.type == "cpu":
-        return Rows(r.clone(), J.clone(), None)
-    pinned = [torch.empty(a.shape, dtype=a.dtype, pin_memory=True) for a in (r, J)]
-    for source, target in zip((r, J), pinned, strict=True):
-        target.copy_(source, non_blocking=True)
-    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    arrived.record(torch.cuda.current_stream(J.device))
-    return Rows(pinned[0], pinned[1], arrived)
+    def _to_host(self, r: Tensor, J: Tensor) -> Rows:
+        """Copies of rows on the host, from a GPU on a stream beside that of the computation."""
+        if J.device.type == "cpu":
+            return Rows(r, J, None)
+        computing = torch.cuda.current_stream(J.device)
+        if J.device not in self._streams:
+            self._streams[J.device] = torch.cuda.Stream(J.device)  # type: ignore[no-untyped-call]
+        copying = self._streams[J.device]
+        copying.wait_stream(computing)
+        pinned = [torch.empty(a.shape, dtype=a.dtype, pin_memory=True) for a in (r, J)]
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(copying):
+            for source, target in zip((r, J), pinned, strict=True):
+                target.copy_(source, non_blocking=True)
+                source.record_stream(copying)  # its memory is free after the copy, not before
+            arrived.record(copying)
+        return Rows(pinned[0], pinned[1], arrived)

@@ -8,7 +8,7 @@ step is `c - J'z` where `(J J' + L) z = r + J c`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -116,28 +116,36 @@ class WideSubproblem(Linearised):
         super().__init__(x, r, products, decay, slope)
         self.kernel = kernel
         self.grad = products.transposed(r).to(x.dtype) + decay * x
-        self.size = float(kernel.diagonal().sum()) / x.numel() + decay  # a host read
-        self._factor: Tensor | None = None
+        self.size = self._trace() / x.numel() + decay
+        self._factor: Any = None
 
     def solve(self, damping: float) -> Tensor:
         """Step p (n,)."""
         total = self.decay + damping
-        self._factor = None
-        self._factor = factorized(self.kernel, total)
+        self._factor = None  # before the next factor takes its memory
+        self._factor = self._factored(total)
         r = self.r.to(torch.float64)
         if self.decay == 0.0:
-            return -self._back(solved(self._factor, r))
+            return -self._back(self._solved(r))
         c = -(self.decay / total) * self.x
         r = r + self.products.product(c).to(torch.float64)
-        return c - self._back(solved(self._factor, r))
+        return c - self._back(self._solved(r))
 
     def acceleration(self, p: Tensor) -> Tensor | None:
         """Geodesic acceleration (n,) of the last step."""
         if self.slope is None:
             return None
-        assert self._factor is not None
         r_pp = second_derivative(self.slope(p), self.products.product(p).to(p.dtype))
-        return -0.5 * self._back(solved(self._factor, r_pp))
+        return -0.5 * self._back(self._solved(r_pp))
+
+    def _trace(self) -> float:
+        return float(self.kernel.diagonal().sum())  # a host read
+
+    def _factored(self, shift: float) -> Any:
+        return factorized(self.kernel, shift)
+
+    def _solved(self, b: Tensor) -> Tensor:
+        return solved(self._factor, b)
 
     def _back(self, z: Tensor) -> Tensor:
         return self.products.transposed(z).to(self.x.dtype)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lmsolve.legate import _cholesky
 from lmsolve.legate._start import start
 from lmsolve.torch import LM, fit
 from tests.test_torch_legate import cloud, curve, dropping, example, net
@@ -73,6 +74,21 @@ def crossed() -> dict[str, int]:
     return dict(optimizer._session.cluster.traffic)
 
 
+def in_bands() -> list[dict[str, Any]]:
+    """A tall and a wide fit whose matrices stay on the processors that made them."""
+    pays, _cholesky.pays = _cholesky.pays, lambda n: True
+    found = []
+    try:
+        for model, data in ((net(3), (X, Y)), (net(40, 3, 2), cloud())):
+            optimizer = LM(model, linalg="legate")
+            losses = [optimizer.step(*data).loss.hex()]
+            traffic = optimizer._session.cluster.traffic
+            found.append({"losses": losses, "matrix": traffic["matrix"]})
+    finally:
+        _cholesky.pays = pays
+    return found
+
+
 def last(target: Any) -> bool:
     """Whether a block is of the last shard, which rank 1 holds; the probes see the first rows."""
     return bool(target[-1] == Y[-1]) and len(target) < len(Y)
@@ -133,6 +149,7 @@ CHECKS: tuple[Callable[[], Any], ...] = (
     example_burgers,
     example_images,
     crossed,
+    in_bands,
     exception_of_one_rank,
     nan_of_one_rank,
     data_that_differ,

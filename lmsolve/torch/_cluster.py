@@ -1,0 +1,250 @@
+"""Legate as a session of a network sees it: processors, stores, launches, and bytes that cross."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lmsolve.legate._start import start
+
+from ._bands import COPIES, UNTILED, Bands
+from ._jacobian import Plan, Point, block_rows, choose
+from ._network import Batch, Network
+from ._params import quiet_transforms
+from ._setup import (
+    CONTEXT,
+    check_copy,
+    check_launched,
+    check_processors,
+    check_split,
+    check_torch_memory,
+    free_gpu_bytes,
+)
+from ._shards import Job, stream_of
+
+if TYPE_CHECKING:
+    from lmsolve.legate._tasks import Shard
+
+WAYS = ("factors", "vmap", "graph")
+#: What passes between the host and Legate's tasks; see `Cluster`.
+TRAFFIC = ("jacobian", "matrix", "residuals", "vectors", "samples", "numbers")
+
+
+class Cluster:
+    """Legate as a session sees it: its processors, its stores, and what the ranks agree on.
+
+    `traffic` counts the bytes between this host and Legate's tasks, by what they are: `jacobian`
+    (rows of J), `matrix` (J'J with J'r, or J J'), `residuals` (m numbers), `vectors` (n), `samples`
+    (a batch on its way to devices), `numbers` (one or a few of each shard). What goes to every task
+    counts once.
+    """
+
+    def __init__(self, network: Network, devices: Sequence[torch.device] | None = None) -> None:
+        check_copy(network)
+        start()
+        from legate.core import TaskTarget, get_legate_runtime
+
+        from lmsolve.legate import _memory, _tasks
+
+        self._tasks, self._memory = _tasks, _memory
+        self.store_of = _tasks.store_of
+        self.ranks = int(get_legate_runtime().node_count)
+        check_launched(self.ranks, os.environ)
+        gpus = _tasks.processors(TaskTarget.GPU)
+        self.target = TaskTarget.GPU if gpus else TaskTarget.CPU
+        self.processors = gpus or _tasks.processors(TaskTarget.CPU)
+        if devices is None:
+            check_processors(self.processors, gpus, network.parameters.device)
+        else:
+            check_split(self.ranks, gpus // self.ranks, devices)
+        self.local = -(-self.processors // self.ranks)
+        # One process's tasks write into its own memory: Legate's pool would hold a second copy.
+        self.in_process = self.ranks == 1 and not gpus
+        self.traffic: Counter[str] = Counter()
+        self._held: dict[str, tuple[Any, Any]] = {}
+
+    def agreed(self, *values: float) -> list[float]:
+        """The first rank's values, at most three, on every rank: numbers that decide something."""
+        if self.ranks == 1:
+            return list(values)
+        padded = [*values, 0.0, 0.0][:3]
+        found = self._tasks.launch(lambda shard: padded, 1, self.target)
+        self.traffic["numbers"] += found.nbytes
+        return [float(v) for v in found[0, : len(values)]]
+
+    def choose(self, network: Network, batch: Batch, point: Point, memory: int) -> Plan:
+        """How rows are made: timed on the first rank, the same on all."""
+        plan = choose(network, batch, point, memory // self.local, forward=False)
+        code = 2 * WAYS.index(plan.way) + plan.batched
+        code, samples, activation = map(int, self.agreed(code, plan.samples, plan.activation_bytes))
+        plan = replace(
+            plan,
+            way=WAYS[code // 2],
+            batched=bool(code % 2),
+            samples=samples,
+            activation_bytes=activation,
+        )
+        if self.target.name == "GPU":
+            self.check_gpu_memory(network, batch, plan)
+        return plan
+
+    def check_gpu_memory(self, network: Network, batch: Batch, plan: Plan) -> None:
+        """MemoryError, on all ranks, where Legate's pool leaves torch too little of a GPU."""
+        free = int(self.run(free_gpu_bytes, self.processors).min())
+        n, itemsize = network.parameters.n, network.parameters.dtype.itemsize
+        rows = min(block_rows(n, torch.float64), plan.k * plan.samples)
+        need = batch.nbytes // self.processors + plan.activation_bytes + 8 * rows * n
+        check_torch_memory(free, need + 3 * n * itemsize + CONTEXT, self._memory.pool("fbmem"))
+
+    def table(self, kind: str, shards: int, size: int) -> Any:
+        """A table of float64 (shards, size) to be summed; in Legate's memory one of each kind."""
+        if self.in_process:
+            return self._tasks.HostRows(shards, size)
+        return self._kept(
+            kind, (shards, size), lambda: self._tasks.Table(shards, size, self.target)
+        )
+
+    def store(self, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+        """A store, one of each kind kept between launches."""
+        from legate.core import get_legate_runtime, types
+
+        of = types.float64 if dtype == torch.float64 else types.float32
+        make = get_legate_runtime().create_store
+        return self._kept(kind, (shape, dtype), lambda: make(of, shape))
+
+    def _kept(self, kind: str, form: Any, make: Callable[[], Any]) -> Any:
+        """The thing of a kind; one of another form takes its place."""
+        if kind not in self._held or self._held[kind][0] != form:
+            self._held.pop(kind, None)
+            self._held[kind] = form, make()
+        return self._held[kind][1]
+
+    def require_sums(self, n: int) -> None:
+        """MemoryError where there is no room for the shards' J'J (n, n) and J'r."""
+        size, what = 8 * n * (n + 1), "The sums of J'J"
+        if self.in_process:
+            self._memory.require_host(size * self.processors, what)
+        else:  # the rows of this process, the columns that it adds up, and their total
+            rest = self.share_of_bands(n, 8) if self.distributes(n) else 2 * size
+            self.require(size * 2 * self.local + rest, what)
+
+    def require_kernel(self, m: int, itemsize: int) -> None:
+        """MemoryError where there is no room for J J' (m, m)."""
+        distributed = self.distributes(m)
+        need = self.share_of_bands(m, itemsize) if distributed else m * m * itemsize
+        self.require(need, "The kernel J J'")
+
+    def share_of_bands(self, size: int, itemsize: int) -> int:
+        """Bytes of this process for a matrix that is factored in bands."""
+        return COPIES * itemsize * size * size // (self.ranks if size > UNTILED else 1)
+
+    def require(self, size: int, what: str) -> None:
+        """MemoryError, with the option to raise, where Legate's pool cannot hold ``size`` bytes."""
+        option = "sysmem" if self.target.name == "CPU" else "fbmem"
+        self._memory.require(size, option, what)
+
+    def launch(self, job: Job, outputs: Sequence[Any] = ()) -> np.ndarray:
+        """Run a job on every shard; each shard's number, array (shards,)."""
+        threads = torch.get_num_threads()
+        try:
+            with quiet_transforms():
+                status = self._tasks.launch(job, job.placed.shards, self.target, (), outputs)
+        finally:
+            # A task sets its own thread's number, and with it that of threads still to come.
+            torch.set_num_threads(threads)
+        for column, what in ((1, "parameters"), (2, "data")):
+            if not (status[:, column] == status[0, column]).all():
+                raise RuntimeError(
+                    f"The ranks of this run hold different {what}: give every rank the same model "
+                    "and data (seed the generators, and the DataLoader's)."
+                )
+        self.traffic += job.sent
+        self.traffic["numbers"] += 8 * self._tasks.STATUS * len(status)
+        values: np.ndarray = status[:, 0]
+        return values
+
+    def run(
+        self,
+        work: Callable[[Shard], float],
+        shards: int,
+        inputs: Sequence[Any] = (),
+        outputs: Sequence[Any] = (),
+    ) -> np.ndarray:
+        """Run a function of no network on every shard; each one's number."""
+
+        def job(shard: Shard) -> Sequence[float]:
+            with stream_of(shard.stream):
+                return work(shard), 0.0, 0.0
+
+        threads = torch.get_num_threads()
+        try:
+            status = self._tasks.launch(job, shards, self.target, inputs, outputs)
+        finally:
+            torch.set_num_threads(threads)
+        self.traffic["numbers"] += 8 * self._tasks.STATUS * shards
+        values: np.ndarray = status[:, 0]
+        return values
+
+    def distributes(self, size: int) -> bool:
+        """Whether a matrix (size, size) stays on the processors, to be solved there."""
+        from lmsolve.legate import _cholesky
+
+        return not self.in_process and _cholesky.pays(size)
+
+    def bands(self, kind: str, size: int, tile: int, dtype: torch.dtype, vectors: str) -> Bands:
+        """A matrix in bands of `tile` rows, one of each kind kept between launches."""
+        made: Bands = self._kept(
+            kind, (size, tile, dtype), lambda: Bands(self, size, tile, dtype, vectors)
+        )
+        return made
+
+    @contextmanager
+    def overlapped(self) -> Iterator[Overlap]:
+        """Launches that run while the caller goes on; all are done at the end."""
+        with self._tasks.no_collection():
+            overlap = Overlap(self._tasks, self.target)
+            try:
+                yield overlap
+            finally:
+                overlap.wait()
+
+    def read(self, store: Any, kind: str) -> Tensor:
+        """A store's values on the host, the same on every rank."""
+        values = torch.from_numpy(self._tasks.read(store))
+        self.traffic[kind] += values.nbytes
+        return values
+
+    def total(self, table: Any, kind: str) -> Tensor:
+        """A table's sum over the shards on the host, the same on every rank."""
+        self.traffic[kind] += table.nbytes_read
+        return torch.from_numpy(table.total())
+
+
+class Overlap:
+    """One launch under way at a time."""
+
+    def __init__(self, tasks: Any, target: Any) -> None:
+        self._tasks, self._target = tasks, target
+        self._under_way: Any = None
+
+    def launch(self, job: Any) -> None:
+        """Start a job for every row of its table once the last one is done."""
+        self.wait()
+        table = job.table
+        self._under_way = self._tasks.Launch(
+            job, table.shards, self._target, (), table.outputs, beside=True
+        )
+
+    def wait(self) -> None:
+        """Wait for the last one; raises its exception."""
+        last, self._under_way = self._under_way, None
+        if last is not None:
+            last.wait()
