@@ -166,6 +166,22 @@ def test_losses_with_weights_and_decay(loss: str) -> None:
 
 
 @pytest.mark.legate
+@pytest.mark.parametrize("out", [1, 4])
+def test_rows_that_are_not_kept_are_made_anew(out: int) -> None:
+    make, data = (lambda: net(4, 3, out)), cloud(301, out)
+    assert_same(both(make, data, memory=60_000, max_steps=12))
+    looked_at = session(make(), data, memory=60_000)
+    problem, x = looked_at.problem, looked_at.x
+    p, z = torch.ones_like(x), torch.ones(problem.m, dtype=torch.float64)
+    products = problem._products(x)
+    Jp = products.product(p)
+    assert float(z @ Jp) == pytest.approx(float(products.transposed(z) @ p), rel=1e-9)
+    curved = problem._curved(x)
+    torch.testing.assert_close(curved(p, products.transposed(Jp)), curved(p, None))
+    assert problem.placed._rows == problem.placed._pending == {}
+
+
+@pytest.mark.legate
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_wide_networks_share_out_the_kernel(decay: float) -> None:
     pair = both(lambda: net(40, 3, 2), cloud(), weight_decay=decay)

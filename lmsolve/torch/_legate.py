@@ -13,7 +13,7 @@ differentiating, a clock) is agreed on first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ._bands import BandedTallSubproblem, BandedWideSubproblem
+from ._bands import BandedTallSubproblem, BandedWideSubproblem, Curved
 from ._cluster import Cluster
 from ._jacobian import Plan, Point
 from ._network import Batch, Network
@@ -35,6 +35,7 @@ from ._shards import (
     Placed,
     ProductJob,
     RowsJob,
+    SlopeJob,
     SumsJob,
     TransposedJob,
     checksum,
@@ -45,6 +46,7 @@ from ._subproblems import (
     TallSubproblem,
     WideSubproblem,
     factorized,
+    second_derivative,
     solved,
 )
 
@@ -128,8 +130,16 @@ class LegateProblem(NetworkProblem):
         x = torch.cat([t.reshape(-1) for t in point.tensors.values()])
         return self.written(RowsJob, x)
 
-    def _curved(self, x: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda p: self._retry(lambda: self.added(CurvatureJob, x, p))
+    def _curved(self, x: Tensor) -> Curved:
+        """J'r_pp (n,) of a step, from J'J p if that is known."""
+
+        def curved(p: Tensor, known: Tensor | None) -> Tensor:
+            if known is None:
+                return self._retry(lambda: self.added(CurvatureJob, x, p))
+            slope = self._retry(lambda: self.added(SlopeJob, x, p))
+            return second_derivative(slope.to(known), known)
+
+        return curved
 
     def added(self, job: type[Job], x: Tensor, *arguments: Any) -> Tensor:
         """Sum (n,) of a job's vectors over the shards."""
@@ -186,16 +196,10 @@ class ShardedTallSubproblem(TallSubproblem):
         x: Tensor,
         products: Products,
         decay: float,
-        curved: Callable[[Tensor], Tensor] | None,
+        curved: Curved | None,
     ) -> None:
         super().__init__(gram, grad, x, x.new_empty(0), products, decay, None)
         self._curved = curved
-
-    def solve(self, damping: float) -> Tensor:
-        """Step p (n,)."""
-        self._factor = None  # before the next factor takes its memory
-        self._factor = self._factored(damping)
-        return -solved(self._factor, self.grad)
 
     def _factored(self, damping: float) -> Tensor:
         from lmsolve.legate import _cholesky
@@ -213,4 +217,5 @@ class ShardedTallSubproblem(TallSubproblem):
         if self._curved is None:
             return None
         assert self._factor is not None
-        return -0.5 * solved(self._factor, self._curved(p).to(p.dtype))
+        known = None if self._rounding_shows else self._curvature(p)
+        return -0.5 * solved(self._factor, self._curved(p, known).to(p.dtype))

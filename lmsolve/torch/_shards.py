@@ -30,6 +30,7 @@ from . import _factors, _jacobian
 from ._factors import Factor, Pass, Pending
 from ._jacobian import Plan, Point
 from ._network import Batch, Network
+from ._params import flat
 from ._problem import HELD, Settings
 from ._products import FactorProducts, GraphProducts, HeldProducts
 from ._subproblems import AHEAD, Products, second_derivative
@@ -356,6 +357,29 @@ class CurvatureJob(Job):
             r_ahead = self.rows(replace(here, batch=block, point=ahead)).to(x.dtype)
             slope = (r_ahead - r.to(x.dtype)) / AHEAD
             out += products.transposed(second_derivative(slope, Jp))
+        return 0.0
+
+
+class SlopeJob(CurvatureJob):
+    """Writes J' times the residuals' slope over a share of the step; J'J p makes J'r_pp of it."""
+
+    def compute(self, here: Here, shard: Shard) -> float:
+        """One backward pass for all residuals of a block."""
+        out = self.zeros(shard)
+        x, p, point = torch.from_numpy(self.x).to(out.device), self._p.to(out.device), here.point
+        ahead = replace(point, tensors=here.network.parameters.unpack(x + AHEAD * p))
+        kept = self.placed.rows(here.index, self.x)
+        if kept is not None:
+            products, r = kept
+            out += products.transposed((self.rows(replace(here, point=ahead)) - r) / AHEAD)
+            return 0.0
+        for block in here.batch.blocks(self.evaluation_samples()):
+            leaves = {name: t.detach().requires_grad_() for name, t in point.tensors.items()}
+            rows = here.network.judge(leaves, block, point.scale, point.seed).rows
+            r_ahead = self.rows(replace(here, batch=block, point=ahead)).view_as(rows)
+            slope = (r_ahead - rows.detach()) / AHEAD
+            wanted = list(leaves.values())
+            out += flat(torch.autograd.grad(rows, wanted, slope, allow_unused=True), wanted)
         return 0.0
 
 

@@ -78,10 +78,17 @@ class TallSubproblem(Linearised):
     def solve(self, damping: float) -> Tensor:
         """Step p (n,)."""
         self._factor = None  # before the next factor takes its memory
-        self._factor = factorized(self.gram, damping)
+        self._factor = self._factored(damping)
         n, eps = self.gram.shape[0], torch.finfo(self.gram.dtype).eps
         self._rounding_shows = damping < FAITHFUL * n * eps * self.size
         return -solved(self._factor, self.grad)
+
+    def _factored(self, damping: float) -> Tensor:
+        return factorized(self.gram, damping)
+
+    def _curvature(self, p: Tensor) -> Tensor:
+        """J'J p (n,)."""
+        return (self.gram @ p.to(self.gram.dtype)).to(p.dtype) - self.decay * p
 
     def reduction(self, p: Tensor) -> Tensor:
         """0-d model decrease by any step p (n,)."""
@@ -96,8 +103,7 @@ class TallSubproblem(Linearised):
         if self._rounding_shows:
             right = J.transposed(second_derivative(slope, J.product(p).to(p.dtype))).to(p.dtype)
         else:
-            here = (self.gram @ p.to(self.gram.dtype)).to(p.dtype) - self.decay * p  # J'J p
-            right = second_derivative(J.transposed(slope).to(p.dtype), here)
+            right = second_derivative(J.transposed(slope).to(p.dtype), self._curvature(p))
         return -0.5 * solved(self._factor, right)
 
 
