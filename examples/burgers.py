@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +179,9 @@ def run_other(name: str, model: Burgers, data: tuple[Tensor, Tensor], seconds: f
 
 
 def draw(reference: Reference, model: Burgers, path: Path) -> None:
+    if find_spec("matplotlib") is None:
+        print("no picture: matplotlib is not installed")
+        return
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -14,6 +14,7 @@ import argparse
 import gzip
 import itertools
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -143,6 +144,9 @@ def lowest(trace: list[Point]) -> Point:
 
 
 def draw(lm: list[list[Point]], adam: list[list[Point]], path: Path) -> None:
+    if find_spec("matplotlib") is None:
+        print("no picture: matplotlib is not installed")
+        return
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -13,6 +13,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -117,6 +118,9 @@ def best(trace: Trace) -> float:
 
 
 def draw(traces: dict[str, list[Trace]], path: Path) -> None:
+    if find_spec("matplotlib") is None:
+        print("no picture: matplotlib is not installed")
+        return
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -35,7 +35,14 @@ collected() { grep -lE "$1" tests/test_*.py; }
 
 if run_part single -m "legate and not gpu" $(collected 'mark\.legate\b|def test_\w+\(xp\b'); then
   scripts/with-legate.sh single legate --cpus 2 --gpus 0 --sysmem 1000 examples/legate_fit.py 1e6
+  for example in sinc burgers mnist; do
+    scripts/with-legate.sh single legate --cpus 2 --gpus 0 --sysmem 1000 "examples/$example.py" \
+      --smoke --linalg legate
+  done
   scripts/with-legate.sh single python benchmarks/legate_scaling.py --smoke --repeats 2
+  scripts/with-legate.sh single python benchmarks/legate_networks.py --smoke
+  scripts/with-legate.sh single legate --cpus 2 --gpus 0 --sysmem 1000 benchmarks/networks.py \
+    --smoke --linalg legate
 fi
 if run_part ranks -m ranks $(collected 'mark\.ranks\b'); then
   scripts/with-legate.sh ranks legate --launcher mpirun --ranks-per-node 2 --cpus 1 --gpus 0 \
