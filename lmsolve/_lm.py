@@ -1,9 +1,10 @@
 """Levenberg-Marquardt with a trust radius, and a polish: `init`, `step`, `resume`.
 
 At x the residuals r are linearised, r(x + p) ~ r + J p, and the step minimises the model on a
-ball, ``|D p| <= radius``, where D is the running maximum of the column norms of J (J. J. More
-1978, section 6), so that neither the units of a parameter nor a bad start set its scale for good.
-The gain ratio of the trial decides on acceptance and radius (`_damping`).
+ball, ``|D p| <= radius``, or with the damping ``mu |D p|^2 / 2`` if the parameters are many. D is
+the running maximum of the column norms of J (J. J. More 1978, section 6), so that neither the units
+of a parameter nor a bad start set its scale for good. The gain ratio of the trial decides on
+acceptance, radius and damping (`_damping`).
 
 Convergence tests, after a trial (with ``cost = F``, ``g`` the gradient):
 
@@ -29,7 +30,7 @@ import numpy as np
 
 from . import _trust
 from ._bounds import Box
-from ._damping import ACCEPT, GOOD, Damping, interpolated, updated
+from ._damping import ACCEPT, FIRST, GOOD, LARGE, OPEN, Damping, eased, interpolated, updated
 from ._linalg import LinAlgError
 from ._problem import LeastSquaresProblem
 from ._state import LMState
@@ -263,8 +264,7 @@ class LevenbergMarquardt:
             d = _where(xp, held, 0.0 * d, d)
         damping = state.damping
         if damping.radius == 0.0:
-            length = _trust.scaled_norm(xp, state.x, D)
-            damping = Damping(first_radius(length, state.cost))
+            damping = self._first_damping(xp, state, sub, D, d)
         again = state.linearized
         state = state._replace(
             scale=scale,
@@ -276,6 +276,15 @@ class LevenbergMarquardt:
         if again:
             return state
         return self._gradient_test(xp, state)
+
+    def _first_damping(
+        self, xp: Namespace, state: LMState, sub: Any, D: Array, d: Array
+    ) -> Damping:
+        """A trust radius, or a damping where that leads (see `_damping`)."""
+        large = state.x.shape[0] >= LARGE and hasattr(sub, "smallest_pivot")
+        if large and sub.smallest_pivot(d) < OPEN:
+            return Damping(math.inf, FIRST)
+        return Damping(first_radius(_trust.scaled_norm(xp, state.x, D), state.cost))
 
     def _scale(self, xp: Namespace, sub: Any, state: LMState) -> Array:
         """Running maximum of the column norms (n,), or the user's fixed scale."""
@@ -309,13 +318,14 @@ class LevenbergMarquardt:
         """One damped trial."""
         xp, point = problem.xp, state.point
         sub, damping = point.subproblem, state.damping
-        if damping.radius < NO_RADIUS:
+        if damping.radius < NO_RADIUS or damping.mu > 1.0 / NO_RADIUS:
             return state._replace(status=STUCK)
         try:
             step = self._damped(xp, state)
         except LinAlgError:
             return state._replace(status=SINGULAR, value=damping.mu)
-        if state.nfev == 1:
+        leads = damping.radius == math.inf
+        if state.nfev == 1 and not leads:
             damping = damping.first(step.length)
         x_new = state.x + step.p
         if self.bounds is not None:
@@ -326,8 +336,11 @@ class LevenbergMarquardt:
         )
         actual = state.cost - cost_new if math.isfinite(cost_new) else -math.inf
         ratio = actual / predicted if predicted > 0 else 0.0
-        shrink = interpolated(actual, slope, state.cost, cost_new)
-        damping = updated(damping.radius, step.mu, ratio, step.length, shrink)
+        if leads:
+            damping = eased(step.mu, damping.rise, ratio)
+        else:
+            shrink = interpolated(actual, slope, state.cost, cost_new)
+            damping = updated(damping.radius, step.mu, ratio, step.length, shrink)
         accepted = ratio > ACCEPT
         new = state._replace(
             nfev=state.nfev + 1,
@@ -425,7 +438,8 @@ class LevenbergMarquardt:
             if converged:
                 return new
             radius = max(state.damping.radius, 2.0 * step.length)
-            return new._replace(fired=0, polished=0, trail=(), damping=Damping(radius))
+            damping = state.damping if radius == math.inf else Damping(radius)
+            return new._replace(fired=0, polished=0, trail=(), damping=damping)
         state = state._replace(accepted=False, polished=0, trail=())
         if not settled and state.doubts < DOUBTS and self._can_move(xp, state, precision):
             return self._doubted(xp, state)
@@ -439,20 +453,21 @@ class LevenbergMarquardt:
         that is stale as a whole (the columns were far longer where the run began) is brought back
         to them with the radius, which leaves the trust region as it is and the damping its unit.
         """
-        radius, scale, point = state.damping.radius, state.scale, state.point
+        radius, mu, _ = state.damping
+        scale, point = state.scale, state.point
         if state.fired in (XTOL, BOTH) and state.ratio >= GOOD:
-            radius *= LET_OUT
+            radius, mu = radius * LET_OUT, mu / LET_OUT
         norms = point.subproblem.norms
         if self.x_scale is None and norms is not None and scale is not None:
             (share,) = to_floats(_largest_ratio(xp, norms, point.D))
             if 0.0 < share < STALE:
-                radius, scale = radius * share, scale * share
+                radius, mu, scale = radius * share, mu / share**2, scale * share
                 point = point._replace(D=point.D * share, d=point.d / share)
         return state._replace(
             fired=0,
             doubts=state.doubts + 1,
             scale=scale,
-            damping=state.damping._replace(radius=radius),
+            damping=Damping(radius, mu),
             point=point,
         )
 

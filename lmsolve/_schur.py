@@ -14,7 +14,7 @@ form blocks is read off the sparsity: those of small degree whose graph falls in
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -92,16 +92,20 @@ def partition(A: Any) -> Partition | None:
     return None
 
 
-def remembered(A: Any, memory: dict[str, Any]) -> Partition | None:
-    """The partition, found once for Jacobians of one pattern."""
-    known = memory.get("pattern")
-    if known is None or not all(
-        a.shape == b.shape and np.array_equal(a, b) for a, b in zip(known, (A.indptr, A.indices))
-    ):
-        memory["pattern"] = (A.indptr.copy(), A.indices.copy())
-        memory["partition"] = partition(A)
-    found: Partition | None = memory["partition"]
+def remembered(A: Any, memory: dict[str, Any], name: str, find: Callable[[Any], Any]) -> Any:
+    """``find(A)``, found once for matrices (CSR) of one pattern."""
+    pattern, found = memory.get(name, (None, None))
+    if pattern is None or not all(map(np.array_equal, pattern, (A.indptr, A.indices))):
+        found = find(A)
+        memory[name] = (A.indptr.copy(), A.indices.copy()), found
     return found
+
+
+def transposition(A: Any) -> Any:
+    """A' (CSR) of a pattern, with the places in A's data for data."""
+    from scipy.sparse import csr_array
+
+    return csr_array((np.arange(A.nnz), A.indices, A.indptr), A.shape).T.tocsr()
 
 
 def layout(gram: Any, p: Partition) -> Structure:

@@ -10,6 +10,7 @@ large scale optimization").
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -98,7 +99,8 @@ class SparseNormalEquations:
         from scipy.sparse import csr_array
 
         self._A, self._r = A, r
-        At = A.T.tocsr()
+        At = _schur.remembered(A, memory, "transposed", _schur.transposition)
+        At = csr_array((A.data[At.data], At.indices, At.indptr), At.shape)
         self.grad = At @ r
         self._gram = csr_array(At @ A)
         self._gram.sort_indices()
@@ -107,19 +109,32 @@ class SparseNormalEquations:
         self.escalated = False
         self.pivot = 0.0
         self._factor: Any = None
-        blocks = _schur.remembered(A, memory)
-        self._structure = None if blocks is None else _schur.layout(self._gram, blocks)
+        blocks = _schur.remembered(A, memory, "blocks", _schur.partition)
+        self._structure = None
+        if blocks is not None:
+            place = partial(_schur.layout, p=blocks)
+            self._structure = _schur.remembered(self._gram, memory, "layout", place)
         self._d: np.ndarray | None = None
         self._scaled: Any = None
 
-    def solve(self, mu: float, d: np.ndarray, start: np.ndarray | None = None) -> np.ndarray:
-        """Step p (n,); see Subproblem."""
+    def smallest_pivot(self, d: np.ndarray) -> float:
+        """Smallest squared pivot of the scaled normal matrix, 0 if it is not positive definite."""
+        try:
+            return float(self._factorized(0.0, d).pivot)
+        except LinAlgError:
+            return 0.0
+
+    def _factorized(self, mu: float, d: np.ndarray) -> Any:
+        """Factor of the scaled, damped normal matrix."""
         if self._d is not d:
             self._d, self._scaled = d, self._scale(d)
         if self._structure is not None:
-            self._factor = _schur.SchurComplement(self._scaled, mu)
-        else:
-            self._factor = SparseCholesky(self._scaled, mu)
+            return _schur.SchurComplement(self._scaled, mu)
+        return SparseCholesky(self._scaled, mu)
+
+    def solve(self, mu: float, d: np.ndarray, start: np.ndarray | None = None) -> np.ndarray:
+        """Step p (n,); see Subproblem."""
+        self._factor = self._factorized(mu, d)
         self.pivot = self._factor.pivot
         if not self.pivot > np.finfo(d.dtype).eps:
             raise LinAlgError("the sparse normal equations are not positive definite")

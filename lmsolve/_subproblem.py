@@ -127,13 +127,25 @@ class NormalEquations:
         self._factor: Any = None  # a Cholesky, or what a subclass makes of one
         self._refined: Factored | None = None
 
+    def smallest_pivot(self, d: Array) -> float:
+        """Smallest squared pivot of the scaled normal matrix, 0 if it is not positive definite."""
+        self._scale(d)
+        try:
+            return float(self._cholesky(self._scaled, False).pivot)
+        except LinAlgError:
+            return 0.0
+
+    def _scale(self, d: Array) -> None:
+        """Keep the normal matrix scaled by d."""
+        if self._d is not d:
+            self._d, self._scaled = d, _held_diagonal(self._xp, self.gram, d)
+
     def solve(self, mu: float, d: Array, start: Array | None = None) -> Array:
         """Step p (n,); see Subproblem."""
         if self._refined is not None:
             return self._refined.solve(mu, d, start)
         xp = self._xp
-        if self._d is not d:
-            self._d, self._scaled = d, _held_diagonal(xp, self.gram, d)
+        self._scale(d)
         A = _linalg.add_diagonal(xp, self._scaled, mu) if mu else self._scaled
         try:
             self._factor = self._cholesky(A, mu != 0)

@@ -337,7 +337,15 @@ class Descent:
                 self.nit += 1
             self.history.append(
                 Iteration(
-                    self.nfev, self.nit, self.cost, accepted, ratio, *damping, length, False, False
+                    self.nfev,
+                    self.nit,
+                    self.cost,
+                    accepted,
+                    ratio,
+                    *damping[:2],
+                    length,
+                    False,
+                    False,
                 )
             )
             # The convergence tests; |D x| is worked out only where it could matter.
@@ -446,7 +454,15 @@ class Descent:
         self.length = change
         self.history.append(
             Iteration(
-                self.nfev, self.nit, self.cost, accepted, ratio, *self.damping, change, True, False
+                self.nfev,
+                self.nit,
+                self.cost,
+                accepted,
+                ratio,
+                *self.damping[:2],
+                change,
+                True,
+                False,
             )
         )
         return accepted

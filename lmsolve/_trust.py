@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ._bounds import Box
-from ._damping import Damping
+from ._damping import LARGE, Damping
 from ._linalg import LinAlgError
 from ._subproblem import Subproblem
 from ._xp import Array, Namespace, to_floats
@@ -24,9 +24,6 @@ SLACK = 0.1
 FLOOR = 64.0
 #: Dampings tried, and bounds met, in one step at most.
 ITERATIONS, CUTS = 12, 10
-#: From this many parameters on a solve costs more than a guess that fails.
-LARGE = 64
-
 #: Of the way to a bound that a step would cross this share is gone, and all of it only where it is
 #: shorter than NEAR of the trust radius. A bound may be where the model is flat (a rate of zero),
 #: and a parameter that a rash first step has put there stays: 155 of 162 bounded fits of NIST's
@@ -67,6 +64,24 @@ def _solve(
     return Step(p, length, mu) if math.isfinite(length) else None
 
 
+def _damped(
+    xp: Namespace,
+    sub: Subproblem,
+    mu: float,
+    d: Array,
+    D: Array,
+    start: Array | None,
+    epsilon: float,
+) -> Step:
+    """The step of damping mu, or of the least larger one that makes the system definite."""
+    for _ in range(ITERATIONS):
+        found = _solve(xp, sub, mu, d, D, start)
+        if found is not None:
+            return found
+        mu = 10.0 * max(mu, FLOOR * epsilon)
+    raise LinAlgError("no damping made the system positive definite")
+
+
 def step(
     xp: Namespace,
     sub: Subproblem,
@@ -77,7 +92,7 @@ def step(
     epsilon: float,
     start: Array | None = None,
 ) -> Step:
-    """Step with ``|q| <= (1 + SLACK) radius``.
+    """Step with ``|q| <= (1 + SLACK) radius``, or with damping ``guess`` if that is infinite.
 
     d (n,) are the column scales (zero for held parameters), D (n,) their reciprocals, ``guess``
     the damping of the last step. LinAlgError if no damping makes the system definite.
@@ -88,11 +103,11 @@ def step(
         if not math.isfinite(length):
             raise LinAlgError("the products with the Jacobian overflow")
         return Step(p, length, float(length >= radius * (1.0 - SLACK)))
+    if radius == math.inf and guess > 0.0:
+        return _damped(xp, sub, guess, d, D, start, epsilon)
     lo = mu = 0.0
-    if guess > 0.0 and d.shape[0] >= LARGE:  # where a solve is dear, start from the last damping
-        last = _solve(xp, sub, guess, d, D, start)
-    else:
-        last = _solve(xp, sub, 0.0, d, D, start)
+    # Where a solve is dear, start from the last damping.
+    last = _solve(xp, sub, guess if d.shape[0] >= LARGE else 0.0, d, D, start)
     if last is not None and _fits(last, radius):
         return _rescaled(last, radius)
     hi = scaled_norm(xp, sub.grad, d) / radius
