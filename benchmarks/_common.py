@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT))
 
-PEERS = ("lmfit", "nlsq", "optimistix", "jax", "torch")
+PEERS = ("lmfit", "nlsq", "optimistix", "jax", "torch", "torch_levenberg_marquardt")
 
 
 class Counter:
@@ -88,7 +88,7 @@ def peak_rss() -> float:
 
 def peak_beyond_now(run: Callable[[], Any]) -> float:
     """Peak resident memory of a run beyond what this process holds before it, in MiB (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from what is held now
+    forget_peak()
     before = status("VmRSS")
     kept = run()
     peak = status("VmHWM") - before
@@ -96,7 +96,13 @@ def peak_beyond_now(run: Callable[[], Any]) -> float:
     return peak
 
 
+def forget_peak() -> None:
+    """Let the peak of resident memory start from what is held now (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def status(key: str) -> float:
+    """Resident memory in MiB: VmRSS now, VmHWM at its peak (Linux)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(key))
 

@@ -1,9 +1,9 @@
-"""Networks: one step, and the time to a ladder of losses, beside torch-levenberg-marquardt,
-Adam and L-BFGS.
+"""Networks: one step, and the time to a ladder of losses on the three example problems, beside
+torch-levenberg-marquardt, Adam and L-BFGS.
 
-    python benchmarks/networks.py               # three tables, and results/networks.json
+    python benchmarks/networks.py               # five tables, and results/networks.json
     python benchmarks/networks.py --smoke       # small sizes, nothing written
-    python benchmarks/networks.py --only steps
+    python benchmarks/networks.py --only steps sinc
     legate --cpus 2 --gpus 0 benchmarks/networks.py --linalg legate     # or legate-split, torch
 
 Every contender runs in a process of its own, so that its peak memory is its own: the growth of the
@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -31,15 +29,17 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
+import _ladders  # noqa: E402
 import torch  # noqa: E402  (after the path, so that a checkout needs no installation)
+from _common import environment, footer  # noqa: E402
+from _ladders import METHODS, PEER, peer_trainer  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "networks.json"
-PEER = "torch_levenberg_marquardt"
 SHAPES = {"20000 x 61": (20_000, 1, 20), "2000 x 5000": (2_000, 20, 227)}
 SMOKE_SHAPES = {"2000 x 61": (2_000, 1, 20), "200 x 661": (200, 20, 30)}
 OURS = ("ours", "ours, unaccelerated")
-LADDER = [10.0**-k for k in range(3, 11)]
+PARTS = ("steps", "sinc", "images", "burgers", "features")
 
 
 def problem(samples: int, inputs: int, width: int) -> tuple[nn.Module, Tensor, Tensor]:
@@ -51,14 +51,6 @@ def problem(samples: int, inputs: int, width: int) -> tuple[nn.Module, Tensor, T
         return model, x, torch.sinc(10 * x)
     x = torch.randn(samples, inputs, dtype=torch.float64)
     return model, x, torch.sin(x.sum(1, keepdim=True))
-
-
-def peer_trainer(model: nn.Module) -> Any:
-    """torch-levenberg-marquardt with its defaults."""
-    from torch_levenberg_marquardt.loss import MSELoss
-    from torch_levenberg_marquardt.training import LevenbergMarquardtModule
-
-    return LevenbergMarquardtModule(model, MSELoss())
 
 
 def stepper(contender: str, model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], object]:
@@ -129,38 +121,6 @@ def measure_steps(contender: str, shape: tuple[int, int, int], repeats: int) -> 
         "slowest": max(wall),
         "peak_mib": (after - before) / 1024,
     }
-
-
-def peer_run(model: nn.Module, x: Tensor, y: Tensor, seconds: float, batch: int | None) -> Any:
-    """Its trainer on the full batch or on shuffled mini-batches; loss of all data over time."""
-    import sinc
-
-    trainer = peer_trainer(model)
-    trace, start, away = [], time.perf_counter(), 0.0
-    while time.perf_counter() - start - away < seconds:
-        for rows in torch.randperm(len(x)).split(batch or len(x)):
-            trainer.training_step(x[rows], y[rows])
-        now = time.perf_counter()
-        trace.append((now - start - away, sinc.loss_of(model, x, y)))
-        away += time.perf_counter() - now
-    return trace
-
-
-def measure_ladder(contender: str, seconds: float, seed: int, points: int) -> dict[str, Any]:
-    """Seconds to each rung of mean squared errors of sinc(10 x), and the last error."""
-    import sinc
-
-    x, y = sinc.make_data(points)
-    model = sinc.make_model(seed, 20)
-    batch = 1000 if contender.endswith("1000") else None
-    if contender.startswith("ours"):
-        trace = sinc.run_lm(model, x, y, seconds, batch, LADDER[-1])
-    elif contender.startswith(PEER):
-        trace = peer_run(model, x, y, seconds, batch)
-    else:
-        trace = (sinc.run_adam if contender == "Adam" else sinc.run_lbfgs)(model, x, y, seconds)
-    reached = [next((t for t, value in trace if value <= rung), None) for rung in LADDER]
-    return {"reached": reached, "best": sinc.best(trace)}
 
 
 def features() -> dict[str, tuple[nn.Module, Any, Tensor]]:
@@ -236,26 +196,36 @@ def report_steps(peers: list[str], smoke: bool) -> dict[str, Any]:
     return found
 
 
-def report_ladder(peers: list[str], smoke: bool, seconds: float, seeds: int) -> dict[str, Any]:
-    points = 2000 if smoke else 20_000
-    contenders = ["ours", "ours, batches of 1000"]
-    contenders += [name for p in peers for name in (p, f"{p}, batches of 1000")]
-    contenders += ["Adam", "L-BFGS"]
-    print(f"\nsinc(10 x), {points} points: median seconds to a mean squared error of")
-    print(f"{'':40s}" + "".join(f"{rung:>8.0e}" for rung in LADDER) + "   best of each seed")
+def report_ladder(
+    name: str, methods: list[str], smoke: bool, seconds: float, seeds: int, clock: str
+) -> dict[str, Any]:
+    """A table: median seconds to each rung where most seeds reach it, best value, peak memory."""
+    problem = _ladders.make_problem(name, smoke)
+    print(f"\n{problem.title}; median seconds ({clock}) to")
+    heads = "".join(f"{rung:>8.2g}" for rung in problem.rungs)
+    print(f"{'':44s}{heads}     MiB   best of each seed")
     found = {}
-    for contender in contenders:
-        runs = [in_process("ladder", contender, seconds, s, points) for s in range(seeds)]
-        cells = []
-        for i in range(len(LADDER)):
-            times = [run["reached"][i] for run in runs]
-            reached = [t for t in times if t is not None]
-            enough = len(reached) > len(runs) / 2
-            cells.append(f"{statistics.median(reached):8.2f}" if enough else f"{'-':>8s}")
-        bests = " ".join(f"{run['best']:.0e}" for run in runs)
-        print(f"{contender:40s}{''.join(cells)}   {bests}", flush=True)
+    for contender in problem.contenders(methods):
+        runs = [
+            in_process("ladder", name, contender, seconds, seed, clock, smoke)
+            for seed in range(seeds)
+        ]
         found[contender] = runs
+        errors = [run["error"] for run in runs if "error" in run]
+        if errors:
+            print(f"{contender:44s}{errors[0]}", flush=True)
+            continue
+        cells = [cell([run["reached"][i] for run in runs]) for i in range(len(problem.rungs))]
+        bests = " ".join(f"{run['best']:.2g}" for run in runs)
+        peak = max(run["peak_mib"] for run in runs)
+        print(f"{contender:44s}{''.join(cells)}{peak:8.0f}   {bests}", flush=True)
     return found
+
+
+def cell(times: list[float | None]) -> str:
+    """Median of those that got there, if most did."""
+    reached = [t for t in times if t is not None]
+    return f"{statistics.median(reached):8.2f}" if 2 * len(reached) > len(times) else f"{'-':>8s}"
 
 
 def report_features(peers: list[str]) -> dict[str, Any]:
@@ -273,36 +243,43 @@ def report_features(peers: list[str]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--only", choices=("steps", "ladder", "features"))
-    parser.add_argument("--seconds", type=float, default=30.0, help="a run of the ladder")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--seconds", type=float, default=30.0, help="a run of a ladder")
+    parser.add_argument("--seeds", type=int, default=3, help="of a ladder")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="of a ladder")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=METHODS, help="of a ladder"
+    )
     parser.add_argument("--linalg", choices=("torch", "legate", "legate-split"))
     parser.add_argument("--task", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.task:
         kind, *rest = json.loads(args.task)
-        measure = {"steps": measure_steps, "ladder": measure_ladder, "feature": measure_feature}
+        measure = {"steps": measure_steps, "ladder": _ladders.measure, "feature": measure_feature}
         print(json.dumps(measure[kind](*rest)))
         return
     if args.linalg:
         report_linalg(args.linalg, args.smoke)
         return
     peers = [PEER] if find_spec(PEER) else []
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-    print(f"{versions}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
     if not peers:
         print(f"{PEER} is not installed and is left out (make bench-env)")
     seconds, seeds = (2.0, 1) if args.smoke else (args.seconds, args.seeds)
-    found: dict[str, Any] = {"versions": versions, "load": os.getloadavg()}
-    if args.only in (None, "steps"):
-        found["steps"] = report_steps(peers, args.smoke)
-    if args.only in (None, "ladder"):
-        found["ladder"] = report_ladder(peers, args.smoke, seconds, seeds)
-    if args.only in (None, "features"):
-        found["features"] = report_features(peers)
+    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() and not args.smoke else {}
+    for part in args.only:
+        if part == "steps":
+            found = report_steps(peers, args.smoke)
+        elif part == "features":
+            found = report_features(peers)
+        else:
+            methods = [m for m in args.methods if m != PEER or peers]
+            found = report_ladder(part, methods, args.smoke, seconds, seeds, args.clock)
+        print(f"{footer()}; {torch.get_num_threads()} threads")
+        before = kept.get(part, {}).get("found", {})
+        kept[part] = {"environment": environment(), "found": {**before, **found}}
     if not args.smoke:
         RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
         print(f"wrote {RESULTS}")
 
 
