@@ -80,6 +80,12 @@ class Network:
         }
         return {module: own for module, own in found.items() if own}
 
+    @cached_property
+    def tied(self) -> bool:
+        """Whether a parameter has several names."""
+        names = self.module.named_parameters(remove_duplicate=False)
+        return sum(1 for _ in names) > sum(1 for _ in self.module.parameters())
+
     def judge(
         self, tensors: Mapping[str, Tensor], batch: Batch, scale: float, seed: int | None = None
     ) -> Judged:
@@ -89,7 +95,7 @@ class Network:
         mask = None if seed is None else (seed + 7919 * batch.start) % 2**63
         # Grad mode on: a forward pass may differentiate in its inputs. It records nothing more.
         with torch.enable_grad(), frozen_statistics(self.module), fixed_random(mask, device):
-            output = functional_call(self.module, dict(tensors), args)
+            output = functional_call(self.module, dict(tensors), args, tie_weights=self.tied)
             judged = self.objective(output, batch.targets, batch.size, batch.weights)
         if scale == 1.0:
             return judged

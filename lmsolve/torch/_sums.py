@@ -37,31 +37,37 @@ class NormalSums:
         device: torch.device,
         block_dtype: torch.dtype | None = None,
     ) -> None:
-        self.block_dtype = block_dtype or dtype
-        self.gram = torch.zeros((n, n), dtype=dtype, device=device)
-        self.grad = torch.zeros(n, dtype=dtype, device=device)
-        self._part: np.ndarray | None = None
+        gram = torch.zeros((n, n), dtype=dtype, device=device)
+        self._start(gram, torch.zeros(n, dtype=dtype, device=device), block_dtype)
 
     @classmethod
     def into(cls, gram: Tensor, grad: Tensor, block_dtype: torch.dtype | None = None) -> NormalSums:
         """Sums that grow in the memory of others."""
         sums = cls.__new__(cls)
-        sums.block_dtype = block_dtype or gram.dtype
-        sums.gram, sums.grad, sums._part = gram, grad, None
+        sums._start(gram, grad, block_dtype)
         return sums
+
+    def _start(self, gram: Tensor, grad: Tensor, block_dtype: torch.dtype | None) -> None:
+        self.gram, self.grad = gram, grad
+        self.block_dtype = block_dtype or gram.dtype
+        half = gram.shape[0] // 2
+        self._blocks = gram[:half, :half], gram[:half, half:], gram[half:]
+        self._column = grad[:, None]
+        self._part: np.ndarray | None = None
 
     def add(self, r: Tensor, J: Tensor) -> None:
         """Add rows J (rows, n) with residuals r (rows,)."""
         J, r = J.to(self.block_dtype), r.to(self.block_dtype)
-        add_product(self.grad[:, None], J.T, r[:, None])
+        Jt = J.T
+        add_product(self._column, Jt, r[:, None])
         if J.device.type != "cpu":
-            add_product(self.gram, J.T, J)
+            add_product(self.gram, Jt, J)
         elif J.shape[1] < _FEWEST_SYRK:
-            half = J.shape[1] // 2
-            left, right = J[:, :half], J[:, half:]
-            add_product(self.gram[half:], right.T, J)
-            add_product(self.gram[:half, :half], left.T, left)
-            self.gram[:half, half:] = self.gram[half:, :half].T
+            corner, upper, lower = self._blocks
+            half = corner.shape[0]
+            add_product(corner, Jt[:half], J[:, :half])
+            add_product(lower, Jt[half:], J)
+            upper.copy_(lower[:, :half].T)
         else:
             A = J.numpy()
             self._part = np.matmul(A.T, A, out=self._part)
