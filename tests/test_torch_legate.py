@@ -134,6 +134,12 @@ def test_gpus_that_legate_holds_are_not_available(monkeypatch: pytest.MonkeyPatc
     assert available_gpus() == [torch.device("cuda:3")]
 
 
+def test_no_device_left_for_the_model_is_told_with_the_remedy() -> None:
+    for train in (lambda: fit(net(), curve(), devices=[]), lambda: LM(net(), devices=[])):
+        with pytest.raises(ValueError, match=r"at least one device.*fewer --gpus"):
+            train()
+
+
 # --- the same steps ---------------------------------------------------------------------------
 
 

@@ -169,7 +169,7 @@ def fit(
         residual, loss, weight_decay, memory, dtype, linalg, seed, acceleration, listed
     )
     session = Session(model, options, Descent(ftol, xtol, gtol))
-    if listed:
+    if devices is not None:
         check_devices(listed, session.network.parameters.device)
     samples = Samples(data, weights, batch_size, session.network.parameters, seed)
     run = _Run(session, samples, grow_batches)

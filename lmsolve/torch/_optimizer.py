@@ -191,6 +191,11 @@ def own_dtype(session: Session) -> torch.dtype:
 def check_devices(devices: Sequence[torch.device | str], own: torch.device) -> None:
     """ValueError unless the model's device is among ``devices``."""
     listed = [torch.device(d) for d in devices]
+    if not listed:
+        raise ValueError(
+            "`devices` must name at least one device, got none. If Legate holds all GPUs, start it "
+            "with fewer --gpus, use `linalg='legate'`, which shares them, or name 'cpu'."
+        )
     same = [d for d in listed if d.type == own.type and (d.index or 0) == (own.index or 0)]
     if not same:
         raise ValueError(
