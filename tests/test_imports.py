@@ -63,7 +63,7 @@ MAY_IMPORT |= {
 # these. Nothing above imports one of them at the top of a file.
 FOLDERS: dict[str, set[str]] = {
     "torch": {"torch", "tqdm", "array_api_compat", "__init__", "legate"}
-    | {"legate/_start", "legate/_tasks", "legate/_memory", "legate/_cholesky"}
+    | {"legate/_start", "legate/_tasks", "legate/_memory", "legate/_cholesky", "legate/_blas"}
     | CORE,
     "legate": {"legate", "cupynumeric", "torch", "__init__"} | CORE,
 }

@@ -569,6 +569,33 @@ def test_small_batches_use_all_processors_with_a_copy_of_the_model_for_each_thre
 
 
 @pytest.mark.legate
+@pytest.mark.parametrize("linalg", ["legate", "legate-split"])
+def test_tasks_have_one_blas_thread_each(monkeypatch: pytest.MonkeyPatch, linalg: str) -> None:
+    from lmsolve.legate import _blas
+    from lmsolve.torch._sums import NormalSums
+
+    found = _blas.libraries()
+    assert found  # NumPy's at least
+    counts, add = set(), NormalSums.add
+
+    def noted(self: Any, *arguments: Any) -> None:
+        counts.update(get() for get, _ in found)
+        add(self, *arguments)
+
+    monkeypatch.setattr(NormalSums, "add", noted)
+    before = [get() for get, _ in found]
+    try:
+        for _, set_to in found:
+            set_to(2)
+        session(net(), curve(), linalg=linalg)
+        assert counts == {1}
+        assert {get() for get, _ in found} == {2}
+    finally:
+        for (_, set_to), count in zip(found, before, strict=True):
+            set_to(count)
+
+
+@pytest.mark.legate
 def test_forward_mode_is_left_to_one_process() -> None:
     x, y = cloud(40, 2)
     linear = nn.Linear(3, 2, bias=False).double()

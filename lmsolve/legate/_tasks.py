@@ -42,6 +42,8 @@ from legate.core import (
     types,
 )
 
+from ._blas import one_thread
+
 #: Width of a shard's status: whether it failed, and what the job returned.
 STATUS = 4
 #: A table of at most so many bytes is read whole and added up on the host.
@@ -79,7 +81,7 @@ def launch(
 
     An exception of the job is raised here on every rank: the first failed shard's.
     """
-    with no_collection():
+    with no_collection(), one_thread():
         return Launch(job, shards, target, inputs, outputs).wait()
 
 

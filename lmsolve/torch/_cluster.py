@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lmsolve.legate._blas import one_thread
 from lmsolve.legate._start import start
 
 from ._bands import COPIES, UNTILED, Bands
@@ -209,7 +210,7 @@ class Cluster:
     @contextmanager
     def overlapped(self) -> Iterator[Overlap]:
         """Launches that run while the caller goes on; all are done at the end."""
-        with self._tasks.no_collection():
+        with self._tasks.no_collection(), one_thread():
             overlap = Overlap(self._tasks, self.target)
             try:
                 yield overlap
