@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,10 @@ class Factor:
         """Inputs (B, T, i) of a factor that has them."""
         assert self.inputs is not None
         return self.inputs.places() if isinstance(self.inputs, Patches) else self.inputs
+
+    def unfolded(self) -> Factor:
+        """The same with its patches at hand, for several products with them."""
+        return replace(self, inputs=self.a) if isinstance(self.inputs, Patches) else self
 
     def split(self, samples: int) -> list[Factor]:
         """Factors of consecutive runs of samples."""
@@ -139,13 +143,14 @@ class Pass:
             b = len(r)
             for targets, uses in zip(columns, parts, strict=True):
                 outs = targets if b == step else [target[:b] for target in targets]
+                here = [use[number].unfolded() for use in uses]
                 for row in range(k):
-                    if not uses:
+                    if not here:
                         outs[row].zero_()
-                    for use in uses[:1]:
-                        use[number].write(row, outs[row])
-                    for use in uses[1:]:
-                        outs[row].add_(use[number].rows(row).flatten(1))
+                    for use in here[:1]:
+                        use.write(row, outs[row])
+                    for use in here[1:]:
+                        outs[row].add_(use.rows(row).flatten(1))
             yield r, buffer[:b]
 
 
