@@ -20,6 +20,9 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset  # noqa:
 
 import lmsolve  # noqa: E402
 from lmsolve.torch import LM, _checkpoint, _fit, _jacobian, available_gpus, fit, residuals  # noqa: E402
+from lmsolve.torch._descent import Descent  # noqa: E402
+from lmsolve.torch._network import Batch  # noqa: E402
+from lmsolve.torch._session import Options, Session  # noqa: E402
 
 
 def net(width: int = 8, *, seed: int = 0, out: int = 1) -> nn.Module:
@@ -270,6 +273,39 @@ def test_cross_entropy_is_the_mean_of_torch() -> None:
     assert float((model(x).argmax(1) == target).double().mean()) == 1.0
 
 
+def test_a_sketch_keeps_the_gradient_and_has_the_mean_curvature() -> None:
+    x, y = torch.randn(60, 2, dtype=torch.float64), torch.arange(60) % 5
+    torch.manual_seed(0)
+    model = nn.Linear(2, 5).double()
+
+    def linearised(sketch: bool, number: int) -> Any:
+        looked_at = Session(model, Options(loss="cross_entropy", sketch=sketch), Descent())
+        looked_at.place(Batch(x, y, None, 60), number)
+        problem = looked_at.problem
+        assert problem is not None and problem.m == (120 if sketch else 300)
+        return problem.linearize(looked_at.x, problem.residual(looked_at.x))
+
+    exact = linearised(False, 0)
+    drawn = [linearised(True, number) for number in range(100)]
+    for one in drawn:
+        assert torch.allclose(one.grad, exact.grad, atol=1e-14)
+    away = [one.gram - exact.gram for one in drawn]
+    scatter = sum(a.square().sum() for a in away) / 100
+    assert float(scatter) > 1e-3 * float(exact.gram.square().sum())
+    mean = sum(away[1:], away[0]) / 100
+    assert float(mean.square().sum()) < 3 * float(scatter) / 100  # of the mean of 100: a hundredth
+
+
+@pytest.mark.parametrize("samples", [60, 10])
+def test_sketched_fits_find_the_minimum(samples: int) -> None:
+    """Ten samples make twenty rows, fewer than the parameters: the dual form."""
+    x, _ = curve(samples)
+    target = (4 * x[:, 0].abs()).long().clamp(max=3)
+    options: dict[str, Any] = {"loss": "cross_entropy", "weight_decay": 1e-3, "max_steps": 300}
+    best = fit(net(out=4), (x, target), **options).cost
+    assert fit(net(out=4), (x, target), sketch=True, **options).cost < 1.01 * best
+
+
 def test_callback_stops_and_sees_the_step() -> None:
     x, y = curve()
     seen: list[int] = []
@@ -318,7 +354,7 @@ def dropout_net() -> nn.Module:
     return nn.Sequential(nn.Linear(1, 9), nn.Tanh(), nn.Dropout(0.1), nn.Linear(9, 1)).double()
 
 
-@pytest.mark.parametrize("kind", ["full", "mini", "loader", "dropout"])
+@pytest.mark.parametrize("kind", ["full", "mini", "loader", "dropout", "sketch"])
 def test_resumed_equals_uninterrupted_to_the_bit(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -326,10 +362,13 @@ def test_resumed_equals_uninterrupted_to_the_bit(
     timed = _jacobian._verified_time
     monkeypatch.setattr(_jacobian, "_verified_time", lambda *a: None if timed(*a) is None else 1.0)
     x, y = curve()
-    make = dropout_net if kind == "dropout" else net
-    options: dict[str, Any] = {"batch_size": 20} if kind == "mini" else {}
+    make: Any = dropout_net if kind == "dropout" else net
+    options: dict[str, Any] = {"batch_size": 20} if kind in ("mini", "sketch") else {}
     if kind == "mini":
         options["grow_batches"] = True
+    if kind == "sketch":
+        y, options["sketch"] = torch.cat([y, y**2, y**3], 1), True
+        make = lambda: net(out=3)  # noqa: E731  (as net)
 
     def data() -> Any:
         if kind != "loader":

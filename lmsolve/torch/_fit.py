@@ -67,6 +67,7 @@ def fit(
     linalg: str = "torch",
     devices: Sequence[torch.device | str] | None = None,
     acceleration: bool = True,
+    sketch: bool = False,
     seed: int = 0,
     progress: bool | None = None,
 ) -> OptimizeResult:
@@ -134,8 +135,12 @@ def fit(
     acceleration : bool, default True
         Bend steps along the curvature of the residuals, at one more evaluation a trial and far
         fewer trials. Losses other than 'mse' have no use for it.
+    sketch : bool, default False
+        Two rows of the Jacobian for each sample instead of one for each of its outputs: the
+        gradient stays exact, the curvature becomes a random estimate without bias. For
+        mini-batches of samples with many outputs, at a fraction of the cost of a step.
     seed : int, default 0
-        Of the order of samples and of dropout masks.
+        Of the order of samples, of dropout masks and sketches.
     progress : bool, optional
         A tqdm progress bar; by default where standard error is a terminal.
 
@@ -166,7 +171,16 @@ def fit(
     _check_limits(max_steps, max_seconds, {"ftol": ftol, "xtol": xtol, "gtol": gtol})
     listed = tuple(torch.device(d) for d in devices or ())
     options = Options(
-        residual, loss, weight_decay, memory, dtype, linalg, seed, acceleration, listed
+        residual,
+        loss,
+        weight_decay,
+        memory,
+        dtype,
+        linalg,
+        seed,
+        acceleration,
+        listed,
+        sketch,
     )
     session = Session(model, options, Descent(ftol, xtol, gtol))
     if devices is not None:

@@ -42,8 +42,9 @@ _FEWEST_ROWS = 256
 _VECTOR_BYTES = 8 << 20
 # Seconds of one trial run from which the choice is not a matter of noise.
 _SLOW = 0.2
-# A way is taken before those listed ahead of it if it takes less than this share of their time.
-_MARGIN = 0.7
+# A way is taken before those listed ahead of it if it takes less than this share of their time:
+# timings on a busy machine scatter, and only `factors` reuses a trial's forward pass.
+_MARGIN = 0.5
 # Errors by which torch reports an operation that a transform cannot take: the candidate is left
 # out, and if none remains the plain graph raises the user's own error.
 _TRANSFORM_ERRORS = (

@@ -122,6 +122,33 @@ def from_loss(name: str) -> Objective:
     return Objective(name, judge, exact=False)
 
 
+def sketched(objective: Objective) -> Objective:
+    """Two rows of each sample instead of k; targets come with a number in [0, 1) a sample.
+
+    The rows `s + S (z - z0)` of a sample are projected on `u = s / |s|` and on a random `w` with
+    `w'u = 0` and `E ww' = I - uu'`: the gradient `S's` stays exact, `E S'(uu' + ww')S = S'S`.
+    """
+
+    def judge(output: Any, target: Any, size: int) -> Judged:
+        target, phase = target
+        rows, cost = objective.judge(output, target, size)
+        if rows.shape[0] != size:
+            raise ValueError(
+                f"`sketch` needs residuals of single samples: expected a leading axis of {size}, "
+                f"got {rows.shape[0]}."
+            )
+        with torch.no_grad():
+            s = rows.detach()
+            u = s / torch.linalg.vector_norm(s, dim=1, keepdim=True).clamp_min(_floor(s.dtype))
+            # 2 cos(2 pi i t) cos(2 pi j t) has the mean 1 over t if i = j, else 0; i, j >= 1.
+            order = torch.arange(1, s.shape[1] + 1, device=s.device)
+            w = (2 * math.pi * order * phase[:, None]).cos().to(s.dtype) * math.sqrt(2)
+            w = w - (w * u).sum(1, keepdim=True) * u
+        return Judged(torch.stack([(u * rows).sum(1), (w * rows).sum(1)], 1), cost)
+
+    return Objective(objective.name, judge, exact=False)
+
+
 def difference(output: Any, target: Any) -> Tensor:
     """Output minus target, of the same shape."""
     check_same_shape(output, target)

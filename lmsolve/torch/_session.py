@@ -22,7 +22,7 @@ from ._cluster import Cluster
 from ._descent import START, START_LOSS, Descent, FitState
 from ._jacobian import Plan, Point, choose
 from ._legate import LegateProblem
-from ._losses import Objective, ResidualFunction, from_loss, from_residual
+from ._losses import Objective, ResidualFunction, from_loss, from_residual, sketched
 from ._network import Batch, Network
 from ._params import Parameters, fixed_random
 from ._problem import NetworkProblem, Settings, available_memory
@@ -45,6 +45,7 @@ class Options:
     seed: int = 0
     acceleration: bool = True
     devices: tuple[torch.device, ...] = ()
+    sketch: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,10 @@ class Session:
         self.model = model
         self.options = options
         self.solver = solver
+        objective = _objective(options.residual, options.loss)
         self.network = Network(
-            *_working_copy(model, options.dtype), _objective(options.residual, options.loss)
+            *_working_copy(model, options.dtype),
+            sketched(objective) if options.sketch else objective,
         )
         x0 = self.network.parameters.pack(self.network.module)
         check_parameters(self.network.parameters, x0)
@@ -97,7 +100,8 @@ class Session:
         return self.state.x
 
     def place(self, batch: Batch, number: int) -> None:
-        """Look at a batch; ``number`` seeds its masks."""
+        """Look at a batch; ``number`` seeds its masks and its sketch."""
+        batch = self._sketched(batch, number)
         if self._stochastic is None:
             self._stochastic = is_stochastic(self.network, self._point(batch, None), batch)
         settings = self._settings(batch, self._mask_seed(number))
@@ -143,6 +147,7 @@ class Session:
 
     def cost_of(self, batch: Batch, x: Tensor, number: int = 0) -> float:
         """Cost of any samples at x (n,), under the masks of a batch of that number."""
+        batch = self._sketched(batch, number)
         settings = self._settings(batch, self._mask_seed(number))
         problem = self._problem(batch, self._plan(batch, settings), settings)
         return float(problem.cost(problem.residual(x)))
@@ -176,6 +181,14 @@ class Session:
         if self.options.linalg == "legate":
             return LegateProblem(self.network, batch, plan, settings, self.cluster)
         return SplitProblem(self.network, batch, plan, settings, self.cluster, self.devices)
+
+    def _sketched(self, batch: Batch, number: int) -> Batch:
+        """The batch with the random numbers of its sketch, if there is one."""
+        if not self.options.sketch:
+            return batch
+        generator = torch.Generator().manual_seed((self.options.seed << 20) + number)
+        phase = torch.rand(batch.size, generator=generator, dtype=torch.float64)
+        return replace(batch, targets=(batch.targets, phase.to(self.x.device)))
 
     def _mask_seed(self, number: int) -> int | None:
         return (self.options.seed << 20) + number if self._stochastic else None
