@@ -115,7 +115,9 @@ def least_squares(
     resume : LMState, optional
         State of an earlier run of the same problem to go on from.
     backend : {None, 'auto', 'numpy', 'cupynumeric'}, optional
-        Where the large linear algebra runs; None follows ``x0``.
+        Where the sums over rows are taken: by Legate's tasks ('cupynumeric'), by NumPy, or by
+        Legate where that pays ('auto'): from ``m n^2 = 2e8`` on, for arrays in Legate's memory
+        also from a million residuals on. None is 'auto' for a cuPyNumeric ``x0``, else 'numpy'.
 
     Returns
     -------

@@ -197,6 +197,9 @@ class LocalSums:
             w, r = loss.weights(xp, r)
         return dense_subproblem(xp, J, r, w)
 
+    def reserve(self, r: Array, n: int) -> None:
+        """Raise MemoryError if a Jacobian by differences of residuals r (m,) would not fit."""
+
     def block_costs(self, xp: Namespace, loss: Loss | None) -> BlockCosts:
         """Where the costs of blocks of residuals add up."""
         return BlockCosts(xp, loss)
@@ -350,6 +353,7 @@ class Problem:
             fun = self.fun if type(r) is np.ndarray else self._host_fun
             return _numdiff.grouped(diff, self.sparsity, fun, x, to_numpy(r))
         if type(r) is not np.ndarray:
+            self.sums.reserve(r, x.shape[0])
             squares = partial(self.sums.cost, array_namespace(r), loss=None)
             return _numdiff.dense_xp(diff, self.fun, x, to_numpy(x), r, squares)
         if self._buffer is None or self._buffer.shape[0] != r.shape[0]:

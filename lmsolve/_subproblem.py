@@ -37,6 +37,9 @@ from ._xp import Array, Namespace, diagonal, eps
 #: A smaller squared pivot of the scaled normal matrix sends a problem to QR: normal equations
 #: lose about eps / pivot of the step, 2e-8 of it at this pivot.
 ESCALATE = 1e-8
+#: From so many parameters on the scaled matrix is made anew for each damping, not kept: that takes
+#: n^2 of the n^3 / 3 multiplications of the factor, and a third of the memory.
+LARGE = 2048
 
 
 class Subproblem(Protocol):
@@ -129,26 +132,19 @@ class NormalEquations:
 
     def smallest_pivot(self, d: Array) -> float:
         """Smallest squared pivot of the scaled normal matrix, 0 if it is not positive definite."""
-        self._scale(d)
         try:
-            return float(self._cholesky(self._scaled, False).pivot)
+            return float(self._cholesky(*self._damped(0.0, d)).pivot)
         except LinAlgError:
             return 0.0
-
-    def _scale(self, d: Array) -> None:
-        """Keep the normal matrix scaled by d."""
-        if self._d is not d:
-            self._d, self._scaled = d, _held_diagonal(self._xp, self.gram, d)
 
     def solve(self, mu: float, d: Array, start: Array | None = None) -> Array:
         """Step p (n,); see Subproblem."""
         if self._refined is not None:
             return self._refined.solve(mu, d, start)
-        xp = self._xp
-        self._scale(d)
-        A = _linalg.add_diagonal(xp, self._scaled, mu) if mu else self._scaled
+        self._factor = None  # before its memory is needed again
+        A, spare = self._damped(mu, d)
         try:
-            self._factor = self._cholesky(A, mu != 0)
+            self._factor = self._cholesky(A, spare)
         except LinAlgError:
             return self._refine().solve(mu, d, start)
         if self._factor.pivot < ESCALATE and self._rows is not None:
@@ -156,6 +152,17 @@ class NormalEquations:
         self.pivot = self._factor.pivot
         grad = self.grad if start is None else self.grad + self.gram @ start
         return -d * self._factor.solve(d * grad)
+
+    def _damped(self, mu: float, d: Array) -> tuple[Array, bool]:
+        """The scaled normal matrix with mu on its diagonal, and whether it may be overwritten."""
+        xp, n = self._xp, d.shape[0]
+        if xp is np and n >= LARGE:
+            A = _held_diagonal(xp, self.gram, d)
+            A.ravel()[:: n + 1] += mu
+            return A, True
+        if self._d is not d:
+            self._d, self._scaled = d, _held_diagonal(xp, self.gram, d)
+        return (_linalg.add_diagonal(xp, self._scaled, mu), True) if mu else (self._scaled, False)
 
     def secular(self, p: Array, d: Array) -> Array:
         """0-d ``q' (A + mu I)^-1 q`` for the step p of the last solve."""

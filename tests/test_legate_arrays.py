@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -320,6 +322,15 @@ def test_residuals_stay_where_they_are_and_reject_a_step_that_is_not_finite(xp: 
     )
 
 
+def test_differences_that_would_not_fit_are_refused(
+    xp: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LEGATE_CONFIG", "--cpus 2 --sysmem 1")
+    fun, _ = long_decay(xp, 30_000)
+    with pytest.raises(MemoryError, match=r"differences of `fun` need 1.92 MB .* --sysmem 3"):
+        least_squares(fun, xp.array(X0), backend="cupynumeric")
+
+
 def test_torch_blocks_serve_arrays_too(xp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU computes with, here on CPUs."""
     from lmsolve.legate import _sums
@@ -343,6 +354,16 @@ def test_curve_fit_on_cupynumeric_data(xp: Any) -> None:
     expected, covariance = curve_fit(lambda t, a, b, c: a * np.exp(-b * t) + c, T, Y, X0)
     np.testing.assert_allclose(host(popt), expected, rtol=1e-7)
     np.testing.assert_allclose(host(pcov), covariance, rtol=1e-4)
+
+
+def test_the_page_on_legate_runs() -> None:
+    page = Path(__file__).resolve().parent.parent / "docs" / "legate.md"
+    sources = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    names: dict[str, Any] = {}
+    for source in sources:
+        exec(compile(source, str(page), "exec"), names)
+    assert names["result"].success
+    assert names["fit"].success
 
 
 def test_unknown_backend_is_told() -> None:

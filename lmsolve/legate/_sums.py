@@ -22,6 +22,7 @@ from lmsolve._problem import LOCAL, BlockCosts, BlockSums, LocalSums
 from lmsolve._subproblem import Subproblem
 from lmsolve._xp import Array, Namespace, array_namespace, is_cupynumeric, to_numpy
 
+from . import _memory
 from ._blocks import NumpyBlocks, TorchBlocks
 from ._reduce import CostJob, RowSums, SumsJob, cost_of, rows_of_block
 from ._start import check_startable
@@ -67,6 +68,14 @@ class ShardedSums(LocalSums):
         m, n = J.shape
         sums = self.reductions(n, loss)
         return sums.subproblem(sums.layout(m, (J, *parts(r, loss))), np.zeros(1, dtype=r.dtype))
+
+    def reserve(self, r: Array, n: int) -> None:
+        """Raise MemoryError if a Jacobian by differences of residuals r (m,) would not fit."""
+        if is_cupynumeric(r):
+            layout = self.reductions(n, None).layout(r.shape[0], (r,))
+            # Its columns, and what they are stacked to.
+            need = layout.resident * (2 * n + 2)
+            _memory.require(need, layout.option, "The differences of `fun`")
 
     def block_costs(self, xp: Namespace, loss: Loss | None) -> BlockCosts:
         """Costs of blocks of residuals, those of Legate read once at the end."""
