@@ -1,7 +1,8 @@
 """Blocks of a shard's rows as NumPy arrays or torch tensors, and the sums over them.
 
-Sums are in float64 whatever the dtype of the blocks. NumPy's ``J.T @ J`` is a syrk that lets go
-of Python's lock; scipy's dsyrk holds it and would keep the shards of a process waiting in turn.
+Sums are in float64 whatever the dtype of the blocks. NumPy's ``J.T.dot(J)`` is a syrk that lets
+go of Python's lock. scipy's dsyrk holds it, and so does ``J.T @ J`` of fewer than 500
+elements, which would keep the shards of a process waiting in turn.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from lmsolve._xp import Array
 Function = Callable[..., Any]
 Functions = tuple[Function, Function | None]
 #: Columns of J'J that are made at once: more need as much memory again for the product.
-PANEL = 2048
+PANEL = 1024
 
 
 class NumpyBlocks:
@@ -172,10 +173,10 @@ class HostSums:
     def add(self, J: Array, r: Array) -> None:
         """Add a block: J (b, n), r (b,), of any library in host memory."""
         J = np.asarray(J).astype(np.float64, copy=False)
-        self._grad += J.T @ np.asarray(r).astype(np.float64, copy=False)
+        self._grad += J.T.dot(np.asarray(r).astype(np.float64, copy=False))
         n = J.shape[1]
         if self._panel == n:
-            self._gram += np.matmul(J.T, J, out=self._product)
+            self._gram += np.dot(J.T, J, out=self._product)
             return
         # One product would need n^2 numbers beside the sum: a panel of columns at a time, and
         # only what lies on and below the diagonal.
