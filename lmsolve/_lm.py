@@ -49,6 +49,10 @@ WEIGHT = 0.1
 #: Only up to this many parameters: with more, some of them start near zero by chance (weights of
 #: a network, coordinates of points), and the rule would hold those where they are.
 WEIGHTED_PARAMETERS = 32
+#: The first trust radius is this share of the scaled length of x0. With the whole of it 108 of
+#: those 120 end at the solution instead of 110, and NIST's sets take 1.7 times the evaluations;
+#: 0.2 to 0.4 do about as well. A parameter that is alone keeps the whole.
+SHARE = 0.3
 #: The polish ends when no parameter changes by more than this share of itself.
 POLISHED = 3e-10
 #: The same where the step still promises a decrease: residuals that vanish at the solution, where
@@ -284,7 +288,8 @@ class LevenbergMarquardt:
         large = state.x.shape[0] >= LARGE and hasattr(sub, "smallest_pivot")
         if large and sub.smallest_pivot(d) < OPEN:
             return Damping(math.inf, FIRST)
-        return Damping(first_radius(_trust.scaled_norm(xp, state.x, D), state.cost))
+        length = _trust.scaled_norm(xp, state.x, D)
+        return Damping(first_radius(length, state.cost, state.x.shape[0]))
 
     def _scale(self, xp: Namespace, sub: Any, state: LMState) -> Array:
         """Running maximum of the column norms (n,), or the user's fixed scale."""
@@ -407,7 +412,9 @@ class LevenbergMarquardt:
             return ended
         if error and not state.central and self._differences_show(problem, state, error, rnorm):
             return self._with_central_differences(problem, state, ended)
-        stagnant = state.polished > 1 and change > 4.0 * state.length
+        # Slow convergence is not monotonic; in single precision what follows is rounding errors.
+        patience = 4.0 if precision < 1e-10 else 1.0
+        stagnant = state.polished > 1 and change > patience * state.length
         if stagnant or state.polished >= POLISH_STEPS:
             return ended
         p, trail = _mixed(xp, state, step, point)
@@ -536,12 +543,13 @@ def difference_share(m: int) -> float:
     return min(1.0, 4.0 / math.sqrt(m))
 
 
-def first_radius(length: float, cost: float) -> float:
-    """First trust radius: the scaled length of x0, or |r| at a start at zero, which has none.
+def first_radius(length: float, cost: float, n: int) -> float:
+    """First trust radius: a share of the scaled length of x0, or |r| at a start at zero.
 
     Both are in the unit of D x, that of the residuals.
     """
-    return length if 0.0 < length < math.inf else math.sqrt(2.0 * cost) or 1.0
+    share = 1.0 if n == 1 else SHARE
+    return share * length if 0.0 < length < math.inf else math.sqrt(2.0 * cost) or 1.0
 
 
 def _first_scale(xp: Namespace, norms: Array, x: Array) -> Array:

@@ -1,11 +1,11 @@
-"""The same iteration for a handful of parameters, in Python floats.
+"""The same iteration for a handful of parameters, in Python floats and single calls of LAPACK.
 
 A NumPy call costs half a microsecond whatever its length, and one trial of `_lm` makes some forty
 of them; with n = 3 parameters the arithmetic behind them is a few dozen multiplications. Here the
 n-sized work of dense, plain least squares (no bounds, no loss) is done on lists of floats, which
 takes 8 us a trial instead of 60 (n = 3, 100 residuals). Policies and constants are those of `_lm`.
 
-`descend` goes on while nothing unusual happens, and hands the state to the general solver where
+`Descent` goes on while nothing unusual happens, and hands the state to the general solver where
 something does: an ill-conditioned or singular system, a NaN, a polish of more than one step.
 """
 
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.linalg.blas import ddot
-from scipy.linalg.lapack import dposv
+from scipy.linalg.lapack import dposv, dpotrs
 
 from ._damping import ACCEPT, POOR, Damping, interpolated, updated
 from ._history import Iteration
@@ -38,7 +38,7 @@ from ._lm import (
 from ._problem import Problem, UserFunction
 from ._state import LMState
 from ._subproblem import ESCALATE, NormalEquations, Rows
-from ._trust import ITERATIONS
+from ._trust import ITERATIONS, SLACK
 
 #: Beyond this many parameters LAPACK is faster (measured: the curves cross at n = 7).
 PARAMETERS = 6
@@ -50,121 +50,20 @@ NEAR = 10.0
 FLOAT = np.dtype(float)
 
 Vector = list[float]
-Factor = list[Vector]
-
-
-def cholesky(A: list[Vector], b: Vector, mu: float) -> tuple[Factor, Vector] | None:
-    """Lower factor L of A + mu I, rows of growing length, and y = L^-1 b.
-
-    None if a pivot falls below ESCALATE. Only the lower triangle of A is read.
-    """
-    L: Factor = []
-    y: Vector = []
-    for row, s_b in zip(A, b):
-        Li: Vector = []
-        for Lj, s in zip(L, row):
-            for u, v in zip(Li, Lj):
-                s -= u * v
-            s /= Lj[-1]
-            Li.append(s)
-        s = row[-1] + mu
-        for u, v in zip(Li, y):
-            s -= u * u
-            s_b -= u * v
-        if not s > ESCALATE:
-            return None
-        s = math.sqrt(s)
-        Li.append(s)
-        L.append(Li)
-        y.append(s_b / s)
-    return L, y
-
-
-def back(L: Factor, y: Vector) -> Vector:
-    """Solution of L' q = y."""
-    q = y[:]
-    for i in range(len(y) - 1, -1, -1):
-        Li = L[i]
-        qi = q[i] = q[i] / Li[-1]
-        for j in range(i):
-            q[j] -= Li[j] * qi
-    return q
-
-
-def forward(L: Factor, b: Vector) -> Vector:
-    """Solution of L y = b."""
-    y: Vector = []
-    for Li, s in zip(L, b):
-        for u, v in zip(Li, y):
-            s -= u * v
-        y.append(s / Li[-1])
-    return y
-
-
-def dot(a: Vector, b: Vector) -> float:
-    """Inner product."""
-    s = 0.0
-    for u, v in zip(a, b):
-        s += u * v
-    return s
 
 
 class Trial(NamedTuple):
-    """A step q with its length, damping, slope b'q < 0 of the cost and predicted decrease."""
+    """A negative step -p (n,), |D p|, the damping, the slope g'p < 0 and the predicted decrease.
 
-    q: Vector
+    ``factor`` (n, n) is Cholesky's, of the damped matrix.
+    """
+
+    back: np.ndarray
     length: float
     mu: float
     slope: float
     predicted: float
-
-
-def damped(A: list[Vector], b: Vector, radius: float) -> Trial | None:
-    """The step within the radius (see `_trust`); None if the system is ill-conditioned.
-
-    A is the scaled normal matrix, lower triangle, and b the negative scaled gradient.
-    """
-    found = cholesky(A, b, 0.0)
-    if found is None:
-        return None
-    L, y = found
-    q = back(L, y)
-    length, decrease = math.sqrt(dot(q, q)), dot(y, y)
-    if length <= 1.1 * radius:  # undamped: b'q = |y|^2, twice the decrease of the model
-        return Trial(q, length, 0.0, -decrease, 0.5 * decrease)
-    lo, hi, mu = 0.0, math.sqrt(dot(b, b)) / radius, 0.0
-    for _ in range(ITERATIONS):
-        v = forward(L, q)
-        newton = mu + (length / radius - 1.0) * length * length / dot(v, v)
-        if length > radius:
-            lo = max(lo, mu)
-        else:
-            hi = min(hi, mu)
-        mu = min(max(newton, lo), max(hi, lo))
-        found = cholesky(A, b, mu)
-        if found is None:
-            return None
-        L, y = found
-        q = back(L, y)
-        length = math.sqrt(dot(q, q))
-        if abs(length - radius) <= 0.1 * radius:
-            break
-    if length > radius:
-        q = [radius / length * v for v in q]
-        length = radius
-    slope = -dot(b, q)
-    return Trial(q, length, mu, slope, -slope - 0.5 * product(A, q))
-
-
-def product(A: list[Vector], q: Vector) -> float:
-    """q'A q from the lower triangle of A."""
-    s = 0.0
-    for row, qi in zip(A, q):
-        t = -0.5 * row[-1] * qi
-        for u, v in zip(row, q):
-            t += u * v
-        s += qi * t
-    return 2.0 * s
+    factor: np.ndarray
 
 
 def first_scale(norms: Vector, x: Vector) -> Vector:
@@ -177,9 +76,9 @@ def first_scale(norms: Vector, x: Vector) -> Vector:
 
 
 class Linearisation:
-    """J'J and J'r at one point; the scaled lists of `damped` are made when they are asked for."""
+    """J'J and J'r at one point, and the steps that they give."""
 
-    __slots__ = ("D", "G", "_scaled", "g", "gradient", "norms", "pivots", "steepest")
+    __slots__ = ("D", "G", "g", "gradient", "newton", "norms", "pivots", "steepest")
 
     def __init__(self, J: np.ndarray, r: np.ndarray, scale: Vector | None, x: np.ndarray) -> None:
         T = J.T
@@ -195,38 +94,64 @@ class Linearisation:
             self.D = first_scale(norms, x.tolist())
         else:
             self.D = [v if v > FADE * s else FADE * s for s, v in zip(scale, norms)]
-        self.pivots: Vector = []
-        self._scaled: tuple[list[Vector], Vector] | None = None
+        self.newton: Trial | None = None
 
-    def scaled(self) -> tuple[list[Vector], Vector]:
-        """The scaled normal matrix, lower triangle, and the negative scaled gradient."""
-        if self._scaled is None:
-            D = self.D
-            A = [
-                [v / (Di * Dj) for v, Dj in zip(row[: i + 1], D)]
-                for i, (row, Di) in enumerate(zip(self.G.tolist(), D))
-            ]
-            self._scaled = A, [-gi / Di for gi, Di in zip(self.g, D)]
-        return self._scaled
+    def gauss_newton(self) -> Trial | None:
+        """The undamped step; None if the system is ill-conditioned."""
+        self.newton = self._solve(self.G, 0.0)
+        return self.newton
 
-    def gauss_newton(self) -> tuple[np.ndarray, float, float] | None:
-        """Negative step -p (n,), |D p| and twice the model decrease; None if ill-conditioned.
+    def _solve(self, A: np.ndarray, mu: float) -> Trial | None:
+        """The step of damping mu from the damped matrix A (n, n).
 
         Cholesky's factor is as accurate without the scaling as with it (van der Sluis 1969), so
-        one call of LAPACK on J'J does; its pivots are judged by the scaled ones.
+        one call of LAPACK does; its pivots are judged by the scaled ones.
         """
-        L, p, info = dposv(self.G, self.gradient, lower=1)
+        L, back, info = dposv(A, self.gradient, lower=1)
         if info != 0:
             return None
-        self.pivots = L.diagonal().tolist()
-        square = decrease = 0.0
-        for v, norm, pj, gj, Dj in zip(self.pivots, self.norms, p.tolist(), self.g, self.D):
-            if v * v < ESCALATE * norm * norm:
+        self.pivots = pivots = L.diagonal().tolist()
+        square = slope = 0.0
+        for v, norm, pj, gj, Dj in zip(pivots, self.norms, back.tolist(), self.g, self.D):
+            if not v * v >= ESCALATE * norm * norm:  # also NaN
                 return None
-            decrease += pj * gj
+            slope -= pj * gj
             pj *= Dj
             square += pj * pj
-        return p, math.sqrt(square), decrease
+        # By (G + mu D^2) p = -g, the model p'G p / 2 needs no product with G.
+        return Trial(back, math.sqrt(square), mu, slope, 0.5 * (mu * square - slope), L)
+
+    def within(self, radius: float) -> Trial | None:
+        """The step within the radius (see `_trust`); None if the system is ill-conditioned."""
+        last = self.newton
+        if last is None or last.length <= (1.0 + SLACK) * radius:
+            return last
+        squares = np.array(self.D) ** 2
+        lo, hi, mu = (
+            0.0,
+            math.sqrt(sum((gj / v) ** 2 for gj, v in zip(self.g, self.D))) / radius,
+            0.0,
+        )
+        for _ in range(ITERATIONS):
+            w = squares * last.back
+            secular = ddot(w, dpotrs(last.factor, w, lower=1)[0])
+            newton = mu + (last.length / radius - 1.0) * last.length**2 / secular
+            if last.length > radius:
+                lo = max(lo, mu)
+            else:
+                hi = min(hi, mu)
+            mu = min(max(newton, lo), max(hi, lo))
+            A = self.G.copy()
+            A.ravel()[:: len(self.g) + 1] += mu * squares
+            last = self._solve(A, mu)
+            if last is None or abs(last.length - radius) <= SLACK * radius:
+                break
+        if last is None or last.length <= radius:
+            return last
+        c = radius / last.length
+        curvature = -last.slope - mu * last.length**2
+        predicted = -c * last.slope - 0.5 * c * c * curvature
+        return Trial(c * last.back, radius, mu, c * last.slope, predicted, last.factor)
 
 
 def scaled_norm(x: np.ndarray, D: Vector) -> float:
@@ -292,7 +217,7 @@ class Descent:
             self.scale = lin.D
             if self.damping.radius == 0.0:
                 self.size = scaled_norm(self.x, lin.D)
-                self.damping = Damping(first_radius(self.size, self.cost))
+                self.damping = Damping(first_radius(self.size, self.cost, len(lin.D)))
             if lin.steepest == 0.0:
                 return self._ended(J, lin, GTOL)
             moved = self._polish(lin) if self.fired else self._trials(lin)
@@ -307,22 +232,16 @@ class Descent:
 
     def _trials(self, lin: Linearisation) -> bool | None:
         """Trials at one x until one is accepted: True; None leaves it to the general solver."""
-        undamped = lin.gauss_newton()
-        if undamped is None:
+        if lin.gauss_newton() is None:
             return None
         solver, x, cost = self.solver, self.x, self.cost
         while self.nfev < solver.max_nfev:
-            radius, mu = self.damping.radius, 0.0
-            back_step, length, slope = undamped
-            if length <= 1.1 * radius:
-                predicted, slope = 0.5 * slope, -slope
-                x_new = x - back_step
-            else:
-                trial = damped(*lin.scaled(), radius)
-                if trial is None:
-                    return None
-                q, length, mu, slope, predicted = trial
-                x_new = x + np.array([v / Dj for v, Dj in zip(q, lin.D)])
+            radius = self.damping.radius
+            trial = lin.within(radius)
+            if trial is None:
+                return None
+            back, length, mu, slope, predicted, _ = trial
+            x_new = x - back
             if self.nfev == 1:
                 radius = min(radius, length)  # as `Damping.first`
             r_new, cost_new = self._evaluate(x_new)
@@ -426,13 +345,11 @@ class Descent:
         undamped = lin.gauss_newton()
         if undamped is None:
             return None
-        back_step, length, decrease = undamped
-        predicted, D, x = 0.5 * decrease, lin.D, self.x.tolist()
+        back, length, _, _, predicted, _ = undamped
+        D, x = lin.D, self.x.tolist()
         rnorm = math.sqrt(2.0 * self.cost)
         floor = 1e-4 * rnorm
-        change = max(
-            [abs(pj) / (abs(xj) + floor / Dj) for pj, xj, Dj in zip(back_step.tolist(), x, D)]
-        )
+        change = max([abs(pj) / (abs(xj) + floor / Dj) for pj, xj, Dj in zip(back.tolist(), x, D)])
         error = self.error
         if error and self._differences_show(lin, x, error * rnorm):
             return None
@@ -441,7 +358,7 @@ class Descent:
             return False
         if self.polished or self.nfev >= self.solver.max_nfev or not converged:
             return None
-        step = -back_step
+        step = -back
         r_new, cost_new = self._evaluate(self.x + step)
         noise = 8.0 * 2.0**-52 * (self.cost + rnorm * scaled_norm(self.x, lin.norms))
         accepted = cost_new <= self.cost + noise
