@@ -7,10 +7,12 @@ on one thread; Legate's tasks do it block by block on the same A, which they rea
     scripts/with-legate.sh single python benchmarks/legate_scaling.py           # 1 and 2 CPUs
     legate --gpus 8 benchmarks/legate_scaling.py --here                         # what was launched
 
-The first form starts a process for each number of CPUs. Strong scaling keeps m, weak scaling keeps
-m per processor. On a shared machine, or where cores share the bandwidth of their memory, two CPUs
-can't be twice one: "machine" is what two NumPy processes at once do over one after the other, and
-"work" the processor seconds of two CPUs over those of one, which other people's load leaves alone.
+The first form keeps a process for each configuration and lets them take turns, one iteration each,
+so that a ratio is always one of neighbours in time; the median over the rounds is reported. Strong
+scaling keeps m, weak scaling keeps m per processor. Where cores share a memory bus, or other work
+runs beside, two CPUs can't be twice one: "two processes" is how much faster the same work is done
+by two independent processes of one CPU at the same time, each on half the rows, which is what this
+machine has to give. "Work" is the processor seconds of two CPUs over those of one.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +37,10 @@ SMOKE = [(20_000, 20), (5_000, 100)]
 MU = 1e-3
 
 
-def problem(m: int, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A (m, n), y (m,) and x (n,), made block by block."""
+def problem(m: int, n: int, part: slice = slice(None)) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Some rows of A (m, n), of y (m,), and x (n,), made block by block."""
     rng = np.random.default_rng(0)
+    m = len(range(m)[part])
     A = np.empty((m, n))
     x = rng.standard_normal(n) / np.sqrt(n)
     y = np.empty(m)
@@ -82,13 +86,14 @@ class Clock:
 def numpy_iteration(A: np.ndarray, y: np.ndarray, x: np.ndarray) -> dict[str, float]:
     """Seconds of one iteration in NumPy, and of its parts."""
     clock = Clock()
-    start = time.perf_counter()
+    start, work = time.perf_counter(), time.process_time()
     r = clock.timed("evaluation", residual)(x, A, y)
     clock.timed("products", lambda: 0.5 * (r @ r))()
     r, J = clock.timed("evaluation", linear)(x, A, y)
     gram, grad = clock.timed("products", lambda: (J.T @ J, J.T @ r))()
     clock.timed("solve", solve)(gram, grad)
-    return {"total": time.perf_counter() - start, **clock.seconds}
+    work = time.process_time() - work
+    return {"total": time.perf_counter() - start, **clock.seconds, "processor": work}
 
 
 def solve(gram: np.ndarray, grad: np.ndarray) -> np.ndarray:
@@ -180,100 +185,149 @@ def run_here(sizes: list[tuple[int, int]], repeats: int, peer: bool) -> list[dic
     return found
 
 
-def child(arguments: list[str], cpus: int, sizes: list[tuple[int, int]]) -> subprocess.Popen[str]:
-    """This script in a process of its own with some CPUs."""
-    command = [sys.executable, __file__, *arguments]
-    command += ["--sizes", *(f"{m}x{n}" for m, n in sizes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["LEGATE_CONFIG"] = f"--cpus {cpus} --gpus 0 --sysmem 1000"
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+class Worker:
+    """A process of its own that runs iterations when it is asked to."""
+
+    def __init__(self, cpus: int, m: int, n: int, first: int, last: int) -> None:
+        command = [sys.executable, __file__, "--serve", f"{m}x{n}", "--rows", f"{first}:{last}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment["LEGATE_CONFIG"] = f"--cpus {max(cpus, 1)} --gpus 0 --sysmem 1000"
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(
+            command + ["--numpy"] * (cpus == 0), stdin=pipe, stdout=pipe, text=True, env=environment
+        )
+
+    def ask(self, part: str = "all") -> None:
+        """Start one iteration over all or half of the rows."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(part + "\n")
+        self._process.stdin.flush()
+
+    def answer(self) -> dict[str, float]:
+        """Seconds of the iteration that was asked for, and of its parts."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                found: dict[str, float] = json.loads(line)
+                return found
+        raise SystemExit("A worker has ended.")
+
+    def run(self, part: str = "all") -> dict[str, float]:
+        """One iteration."""
+        self.ask(part)
+        return self.answer()
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
 
 
-def records(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
-    """What a child printed."""
-    output, _ = process.communicate()
-    if process.returncode:
-        raise SystemExit(f"A run failed with status {process.returncode}.")
-    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+def serve(m: int, n: int, part: slice, numpy: bool) -> None:
+    """Run the iterations that a `Worker` asks for."""
+    A, y, x = problem(m, n, part)
+    sizes = {"all": len(A), "half": m // 2}
+    if numpy:
+        runs = {k: partial(numpy_iteration, A[:size], y[:size], x) for k, size in sizes.items()}
+    else:
+        runs = {k: legate_iteration(A[:size], y[:size], x, False) for k, size in sizes.items()}
+    # Legate pins the threads of one CPU to the first core, where two processes would meet.
+    for thread in os.listdir("/proc/self/task"):
+        os.sched_setaffinity(int(thread), range(os.cpu_count() or 1))
+    for line in sys.stdin:
+        print(json.dumps(runs[line.strip()]()), flush=True)
 
 
-def run_all(sizes: list[tuple[int, int]], repeats: int) -> dict[str, Any]:
-    """Every configuration of this machine's CPUs, one process after the other."""
-    common = ["--repeats", str(repeats)]
-    found: dict[str, Any] = {"strong": [], "weak": [], "second_core": []}
-    for size in sizes:
-        for cpus in (1, 2):
-            found["strong"] += records(child(["--here", *common], cpus, [size]))
-        half = (size[0] // 2, size[1])
-        found["weak"] += records(child(["--here", *common, "--no-peer"], 1, [half]))
-        alone = records(child(["--numpy", *common], 1, [half]))[0]
-        pair = [child(["--numpy", *common], 1, [half]) for _ in range(2)]
-        both = [records(process)[0] for process in pair]
-        worth = 2 * alone["numpy"]["total"] / max(b["numpy"]["total"] for b in both)
-        found["second_core"].append({"m": size[0], "n": size[1], "worth": worth})
+def compare(m: int, n: int, rounds: int) -> dict[str, Any]:
+    """All configurations at one size, in turns."""
+    numpy, one, two = (Worker(cpus, m, n, 0, m) for cpus in (0, 1, 2))
+    other = Worker(1, m, n, m // 2, m)
+    workers = numpy, one, two, other
+    found: dict[str, Any] = {"m": m, "n": n}
+    runs: dict[str, list[dict[str, float]]] = {}
+    for k in range(rounds + 1):
+        measured = {"numpy": numpy.run(), "one": one.run(), "two": two.run()}
+        measured["half"] = one.run("half")
+        one.ask("half")
+        other.ask()
+        pair = one.answer(), other.answer()
+        measured["pair"] = max(pair, key=lambda each: each["total"])
+        if k:  # the first round warms up
+            for name, value in measured.items():
+                runs.setdefault(name, []).append(value)
+    for worker in workers:
+        worker.close()
+    for name, values in runs.items():
+        found[name] = {k: statistics.median(v[k] for v in values) for k in values[0]}
+        found[name]["least"] = min(v["total"] for v in values)
+
+    def ratio(a: str, b: str, what: str = "total") -> float:
+        return statistics.median(u[what] / v[what] for u, v in zip(runs[a], runs[b], strict=True))
+
+    found["ratios"] = {
+        "over numpy": ratio("one", "numpy"),
+        "two over one": ratio("one", "two"),
+        "two processes": ratio("one", "pair"),
+        "weak": ratio("half", "two"),
+        "work": ratio("two", "one", "processor"),
+    }
     return found
 
 
-def table(found: dict[str, Any]) -> str:
+def table(found: list[dict[str, Any]]) -> str:
     """The measured figures as Markdown."""
     lines = [
-        "| m x n | NumPy | 1 CPU | 2 CPUs | 1 CPU / NumPy | 2 CPUs over 1 | weak | machine | work |",  # noqa: E501
+        "| m x n | NumPy | 1 CPU | 2 CPUs | 1 CPU / NumPy | 2 CPUs over 1 | two processes | weak | work |",  # noqa: E501
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     shares = [
         "| m x n | CPUs | evaluation | products | solve | synchronisation |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for one, two, half, core in zip(
-        found["strong"][::2],
-        found["strong"][1::2],
-        found["weak"],
-        found["second_core"],
-        strict=True,
-    ):
-        size = f"{one['m']:.0e} x {one['n']}".replace("e+0", "e")
-        t1, t2 = one["legate"]["total"], two["legate"]["total"]
-        lines.append(
-            f"| {size} | {one['numpy']['total']:.3f} s | {t1:.3f} s | {t2:.3f} s "
-            f"| {t1 / one['numpy']['total']:.2f} | {t1 / t2:.2f} "
-            f"| {half['legate']['total'] / t2:.2f} | {core['worth']:.2f} "
-            f"| {two['legate']['processor'] / one['legate']['processor']:.2f} |"
-        )
-        for record in (one, two):
-            parts = record["legate"]
+    for each in found:
+        size = f"{each['m']:.0e} x {each['n']}".replace("e+0", "e")
+        seconds = " | ".join(f"{each[k]['total']:.3f} s" for k in ("numpy", "one", "two"))
+        ratios = " | ".join(f"{value:.2f}" for value in each["ratios"].values())
+        lines.append(f"| {size} | {seconds} | {ratios} |")
+        for cpus, parts in ((1, each["one"]), (2, each["two"])):
             cells = " | ".join(
-                f"{100 * parts.get(k, 0.0) / parts['total']:.0f} %"
+                f"{100 * parts[k] / parts['total']:.0f} %"
                 for k in ("evaluation", "products", "solve", "synchronisation")
             )
-            shares.append(f"| {size} | {record['processors']} | {cells} |")
+            shares.append(f"| {size} | {cpus} | {cells} |")
     return "\n".join([*lines, "", *shares])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--here", action="store_true", help="measure what Legate has here")
-    parser.add_argument("--numpy", action="store_true", help="measure NumPy alone")
     parser.add_argument("--no-peer", action="store_true", help="leave NumPy out")
     parser.add_argument("--smoke", action="store_true", help="small sizes")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--sizes", nargs="+", metavar="MxN")
     parser.add_argument("--json", type=Path, help="file for the raw figures")
+    parser.add_argument("--serve", metavar="MxN", help=argparse.SUPPRESS)
+    parser.add_argument("--rows", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--numpy", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.serve:
+        m, n = (int(value) for value in options.serve.split("x"))
+        serve(m, n, slice(*(int(value) for value in options.rows.split(":"))), options.numpy)
+        return
     sizes = SMOKE if options.smoke else SIZES
     if options.sizes:
         sizes = [(int(m), int(n)) for m, n in (size.split("x") for size in options.sizes)]
-    if options.numpy:
-        for m, n in sizes:
-            A, y, x = problem(m, n)
-            measured = measure(lambda A=A, y=y, x=x: numpy_iteration(A, y, x), options.repeats)
-            print(json.dumps({"m": m, "n": n, "numpy": measured}), flush=True)
-    elif options.here:
+    if options.here:
         run_here(sizes, options.repeats, not options.no_peer)
-    else:
-        found = run_all(sizes, options.repeats)
-        print(table(found))
-        if options.json:
-            options.json.write_text(json.dumps(found, indent=1) + "\n")
+        return
+    found = []
+    for m, n in sizes:
+        found.append(compare(m, n, options.repeats))
+        print(json.dumps(found[-1]["ratios"]), flush=True)
+    print(table(found))
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

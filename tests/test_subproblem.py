@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from lmsolve import _subproblem
 from lmsolve._linalg import LinAlgError
 from lmsolve._loss import LOSSES, Loss
 from lmsolve._problem import BlockSums
@@ -14,6 +15,7 @@ from lmsolve._subproblem import (
     dense_subproblem,
     gram,
 )
+from tests.tools import Library
 
 
 def rows(xp, m, n, seed=0, weighted=False):
@@ -145,3 +147,20 @@ def test_rank_deficient_rows_get_the_minimum_norm_step(xp, shape):
 def test_tall_goes_to_the_normal_equations_and_wide_to_the_dual():
     assert isinstance(dense_subproblem(np, np.ones((3, 2)), np.ones(3)), NormalEquations)
     assert isinstance(dense_subproblem(np, np.ones((2, 3)), np.ones(2)), DualEquations)
+
+
+def test_matrices_that_are_not_kept_take_the_same_steps(monkeypatch):
+    J, _, Rw = rows(Library.named("numpy"), 30, 8)
+    G, g = gram(np, Rw)
+    kept, anew = NormalEquations(np, G, g), NormalEquations(np, G, g)
+    free = np.random.default_rng(3).uniform(0.3, 3, 8)
+    for d in (free, np.where(np.arange(8) < 3, 0.0, free)):
+        for mu in (0.0, 1e-2, 10.0, 0.0):
+            expected = kept.solve(mu, d), kept.secular(g, d), kept.smallest_pivot(d)
+            with monkeypatch.context() as patched:
+                patched.setattr(_subproblem, "LARGE", 1)
+                found = anew.solve(mu, d), anew.secular(g, d), anew.smallest_pivot(d)
+            for a, b in zip(found, expected, strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-13)
+    assert anew._scaled is None
+    np.testing.assert_array_equal(anew.gram, J.T @ J)

@@ -23,6 +23,7 @@ from lmsolve._subproblem import Subproblem
 from lmsolve._xp import Array, Namespace, array_namespace, is_cupynumeric, to_numpy
 
 from . import _memory
+from ._blas import one_thread
 from ._blocks import NumpyBlocks, TorchBlocks
 from ._reduce import CostJob, RowSums, SumsJob, cost_of, rows_of_block
 from ._start import check_startable
@@ -185,7 +186,7 @@ class Kept:
         """Run a job of one block."""
         layout = job.layout
         tasks = self.sums.tasks
-        with tasks.no_collection():
+        with tasks.no_collection(), one_thread():
             launch = tasks.Launch(job, layout.shards, layout.target, layout.parts)
             self._failures += launch.finish()
 
