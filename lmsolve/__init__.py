@@ -2,9 +2,10 @@
 
 from ._batched import ManyFitsResult, curve_fit_many, least_squares_many
 from ._check_jac import JacobianCheck, check_jac
-from ._curve_fit import CurveFit, curve_fit, leastsq
+from ._curve_fit import CurveFit, curve_fit
 from ._history import Iteration
 from ._least_squares import least_squares
+from ._leastsq import leastsq
 from ._lm import LevenbergMarquardt
 from ._result import LeastSquaresResult
 from ._state import LMState

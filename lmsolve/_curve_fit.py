@@ -1,9 +1,8 @@
-"""`curve_fit` and `leastsq`: SciPy's other two front doors on the same solver."""
+"""`curve_fit`: parameters of a function from data, on the same solver."""
 
 from __future__ import annotations
 
 import inspect
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,16 +11,17 @@ from typing import Any
 
 import numpy as np
 import scipy.optimize
-from scipy.linalg import qr, solve_triangular
 from scipy.linalg.lapack import dposv
 from scipy.optimize import OptimizeWarning
 
 from . import _validate
+from ._curve_data import data, start_at, whitening
 from ._fit import UNBOUNDED
 from ._least_squares import least_squares
+from ._leastsq import info, translated
 from ._result import LeastSquaresResult
 from ._subproblem import NormalEquations
-from ._xp import Array, all_finite, convert, is_array, is_foreign, to_numpy
+from ._xp import Array, to_numpy
 
 #: Smallest squared pivot of the scaled normal matrix that `_well_conditioned` takes.
 QUICK = 1e-5
@@ -156,19 +156,19 @@ def curve_fit(
             f"`args={kwargs['args']!r}`."
         )
     names = _parameter_names(f)
-    start, n = _start(p0, names, bounds, ydata)
+    start, n = start_at(p0, names, bounds, ydata)
     if names is not None and len(names) != n:
         names = None
     start = _validate.parameters(start, "p0")
     if names is None or f.__class__ is not FunctionType or f.__kwdefaults__:
         _check_number(f, n)
     _check_inside(start, bounds, n)
-    xdata, ydata, sigma = _data(xdata, ydata, sigma, check_finite, nan_policy)
-    whiten = _whitening(sigma, ydata)
+    xdata, ydata, sigma = data(xdata, ydata, sigma, check_finite, nan_policy)
+    whiten = whitening(sigma, ydata)
     residual = _Residual(f, xdata, ydata, whiten)
     derivative = partial(_jacobian, jac, xdata, whiten) if callable(jac) else (jac or "2-point")
     result = least_squares(
-        residual, start, derivative, bounds, names=names, **_translated(kwargs, n)
+        residual, start, derivative, bounds, names=names, **translated(kwargs, n)
     )
     if result["status"] <= 0:
         raise RuntimeError("Optimal parameters not found: " + result.message)
@@ -177,7 +177,7 @@ def curve_fit(
     popt = result["x"]
     values: tuple[Any, ...] = (popt, pcov)
     if full_output:
-        values = (popt, pcov, _info(result), result.message, result.status)
+        values = (popt, pcov, info(result), result.message, result.status)
     return CurveFit(values, result)
 
 
@@ -206,30 +206,6 @@ class _Residual:
                 f"got {np.shape(values)}."
             ) from error
         return r if self.whiten is None else self.whiten(r)
-
-
-class _Weights:
-    """Division of residuals or rows by standard deviations (m,)."""
-
-    def __init__(self, sigma: Array) -> None:
-        self.weight = 1.0 / sigma
-
-    def __call__(self, r: Array) -> Array:
-        """Whitened residuals (m,) or rows (m, n)."""
-        if r.ndim == 2 and self.weight.ndim == 1:
-            return self.weight[:, None] * r
-        return self.weight * r
-
-
-class _Triangle:
-    """Multiplication by L^-1, where L L' is the covariance (m, m) of the data."""
-
-    def __init__(self, L: np.ndarray) -> None:
-        self.L = L
-
-    def __call__(self, r: np.ndarray) -> np.ndarray:
-        """Whitened residuals (m,) or rows (m, n)."""
-        return np.asarray(solve_triangular(self.L, r, lower=True))
 
 
 def _jacobian(jac: Any, xdata: Any, whiten: Any, p: Array) -> Array:
@@ -282,162 +258,6 @@ def _check_inside(p0: Any, bounds: Any, n: int) -> None:
             f"Initial guess is outside of provided bounds: `p0` must lie inside `bounds`, got "
             f"{np.broadcast_to(host, (n,))[j]} outside [{lb[j]}, {ub[j]}] for parameter {j}."
         )
-
-
-def _start(p0: Any, names: list[str] | None, bounds: Any, ydata: Any) -> tuple[Any, int]:
-    """p0 and its length."""
-    if p0 is not None:
-        p0 = p0 if is_array(p0) else np.atleast_1d(p0)
-        return p0, math.prod(p0.shape)
-    if not names:
-        raise ValueError(
-            "`p0` must be given: Unable to determine number of fit parameters from `f`, got "
-            f"`p0={p0}`."
-        )
-    n = len(names)
-    lb, ub = _validate.host_bounds(bounds, n)
-    start = _feasible(lb, ub)
-    if is_foreign(ydata):
-        start = convert(start, ydata)
-    return start, n
-
-
-def _feasible(lb: np.ndarray, ub: np.ndarray) -> np.ndarray:
-    """A point inside the bounds: 1 where nothing bounds, else one off the bound, or the middle."""
-    low, high = np.isfinite(lb), np.isfinite(ub)
-    with np.errstate(invalid="ignore"):
-        middle = 0.5 * (lb + ub)
-    return np.where(
-        low & high, middle, np.where(low, lb + 1.0, np.where(high, ub - 1.0, np.ones_like(lb)))
-    )
-
-
-def _data(
-    xdata: Any, ydata: Any, sigma: Any, check_finite: bool | None, nan_policy: str | None
-) -> tuple[Any, Any, Any]:
-    """Data as arrays, checked, with NaN left out where asked for."""
-    if nan_policy == "propagate":
-        raise ValueError("`nan_policy='propagate'` is not supported by this function.")
-    if nan_policy not in (None, "raise", "omit"):
-        raise ValueError(
-            f"nan_policy must be one of {{None, 'raise', 'omit'}}, got `nan_policy={nan_policy!r}`."
-        )
-    check = nan_policy is None if check_finite is None else check_finite
-    if is_foreign(ydata):
-        _finite(ydata, "ydata", check)
-        return xdata, ydata, sigma
-    y = _floats(ydata, "ydata", check)
-    if isinstance(xdata, list | tuple | np.ndarray):
-        xdata = _floats(xdata, "xdata", check)
-    elif hasattr(xdata, "to_numpy") and getattr(xdata.dtype, "kind", "") in tuple("fiu"):
-        # A column of a table: in single precision its model's differences would be too.
-        _floats(xdata, "xdata", check)
-        xdata = xdata.astype(float)
-    if y.size == 0:
-        raise ValueError(f"`ydata` must not be empty, got shape {y.shape}.")
-    if not check and nan_policy is not None:
-        return _without_nan(xdata, y, sigma, nan_policy)
-    return xdata, y, sigma
-
-
-def _floats(a: Any, name: str, check: bool) -> np.ndarray:
-    """``a`` as float64, complex kept, with NaN and infinity refused."""
-    if isinstance(a, np.ma.MaskedArray) and np.ma.is_masked(a):
-        raise ValueError(f"`{name}` must not be masked, got {np.ma.count_masked(a)} masked values.")
-    try:
-        b = np.asarray(a)
-        b = b if b.dtype.kind == "c" else b.astype(float, copy=False)
-    except (TypeError, ValueError) as error:
-        raise type(error)(
-            f"`{name}` must hold numbers, got {type(a).__name__}: {error}."
-        ) from error
-    _finite(b, name, check)
-    return b
-
-
-def _finite(a: Array, name: str, check: bool) -> None:
-    if check and not all_finite(a):
-        bad = int(np.sum(~np.isfinite(to_numpy(a))))
-        raise ValueError(f"`{name}` must not contain infs or NaNs, got {bad}.")
-
-
-def _without_nan(xdata: Any, y: np.ndarray, sigma: Any, policy: str) -> tuple[Any, Any, Any]:
-    x_nan = isinstance(xdata, np.ndarray) and bool(np.isnan(xdata).any())
-    y_nan = bool(np.isnan(y).any())
-    if not (x_nan or y_nan):
-        return xdata, y, sigma
-    if policy == "raise":
-        raise ValueError(f"The input contains nan values: `{'xdata' if x_nan else 'ydata'}`.")
-    bad = np.isnan(y)
-    if isinstance(xdata, np.ndarray):
-        bad = bad | np.isnan(xdata).any(axis=tuple(range(xdata.ndim - 1)))
-        xdata = xdata[..., ~bad]
-    if sigma is not None:
-        sigma = np.asarray(sigma)
-        if sigma.ndim == 1 and sigma.size > 1:
-            sigma = sigma[~bad]
-        elif sigma.ndim == 2:
-            sigma = sigma[~bad][:, ~bad]
-    return xdata, y[~bad], sigma
-
-
-def _whitening(sigma: Any, ydata: Array) -> Any:
-    """What turns residuals into ones of unit variance, or None."""
-    if sigma is None:
-        return None
-    if is_foreign(sigma):
-        return _Weights(sigma)
-    sigma = np.asarray(sigma)
-    if sigma.dtype.kind not in "biuf":
-        raise TypeError(f"`sigma` must hold real numbers, got dtype {sigma.dtype}.")
-    size = int(np.prod(ydata.shape))
-    if sigma.size == 1 or sigma.shape == (size,):
-        if not (sigma > 0).all():
-            worst = sigma.ravel()[np.argmin(np.nan_to_num(sigma.ravel(), nan=-np.inf))]
-            raise ValueError(f"`sigma` must be positive, got {worst}.")
-        return _Weights(convert(np.squeeze(sigma) if sigma.size == 1 else sigma, ydata))
-    if sigma.shape == (size, size):
-        try:
-            return _Triangle(np.linalg.cholesky(sigma))
-        except np.linalg.LinAlgError as error:
-            lowest = np.linalg.eigvalsh(sigma)[0] if np.isfinite(sigma).all() else np.nan
-            raise ValueError(
-                f"`sigma` must be positive definite, got a lowest eigenvalue of {lowest:.3g}."
-            ) from error
-    raise ValueError(
-        f"`sigma` has incorrect shape: expected a number, {(size,)} or {(size, size)}, got "
-        f"{sigma.shape}."
-    )
-
-
-def _translated(kwargs: dict[str, Any], n: int) -> dict[str, Any]:
-    """Keyword arguments of `leastsq` in the words of `least_squares`."""
-    out = dict(kwargs)
-    known = inspect.signature(least_squares).parameters if kwargs else ()
-    for name in set(kwargs) - set(known) - {"maxfev", "epsfcn", "diag", "factor"}:
-        raise TypeError(f"`{name}` is no argument of curve_fit or least_squares, got {name}.")
-    if "maxfev" in out:
-        limit = out.pop("maxfev")
-        out.setdefault("max_nfev", limit or None)
-    if out.get("epsfcn") is not None:
-        out.setdefault("diff_step", float(np.sqrt(out["epsfcn"])))
-    out.pop("epsfcn", None)
-    if out.get("diag") is not None:
-        out.setdefault("x_scale", 1.0 / np.asarray(out["diag"], dtype=float))
-    out.pop("diag", None)
-    out.pop("factor", None)  # the size of the first step: found from the first solve here
-    return out
-
-
-def _info(result: LeastSquaresResult) -> dict[str, Any]:
-    """infodict of MINPACK's front doors: counts, residuals and a pivoted QR of the Jacobian."""
-    info = {"nfev": result.nfev, "fvec": result.fun}
-    J = to_numpy(result.jac)
-    Q, R, info["ipvt"] = qr(J, mode="economic", pivoting=True)
-    info["fjac"] = np.zeros((J.shape[1], J.shape[0]), dtype=R.dtype)
-    info["fjac"][:, : R.shape[0]] = R.T
-    info["qtf"] = Q.conj().T @ to_numpy(result.fun)
-    return info
 
 
 def _pcov(result: LeastSquaresResult, absolute_sigma: bool) -> np.ndarray:
@@ -505,87 +325,3 @@ def _scipy_curve_fit(
         full_output=full_output, nan_policy=nan_policy, **kwargs,
     )  # fmt: skip
     return CurveFit(values, LeastSquaresResult(x=values[0]))
-
-
-def leastsq(
-    func: Callable[..., Any],
-    x0: Any,
-    args: Any = (),
-    Dfun: Callable[..., Any] | None = None,
-    full_output: bool = False,
-    col_deriv: bool = False,
-    ftol: float = 1.49012e-8,
-    xtol: float = 1.49012e-8,
-    gtol: float = 0.0,
-    maxfev: int = 0,
-    epsfcn: float | None = None,
-    factor: float = 100,
-    diag: Any = None,
-) -> tuple[Any, ...]:
-    """Minimise a sum of squares with the calling sequence of ``scipy.optimize.leastsq``.
-
-    Parameters
-    ----------
-    func : callable
-        ``func(x, *args)`` returns the residuals, shape (m,).
-    x0 : array_like, shape (n,)
-        Initial guess.
-    args : tuple, optional
-        Further arguments of ``func`` and ``Dfun``.
-    Dfun : callable, optional
-        ``Dfun(x, *args)`` returns the Jacobian, shape (m, n), or (n, m) with ``col_deriv``.
-    full_output : bool, optional
-        Whether to return all that is below.
-    col_deriv : bool, optional
-        Whether ``Dfun`` returns derivatives down the columns.
-    ftol, xtol, gtol : float, optional
-        Tolerances; see `least_squares`.
-    maxfev : int, optional
-        Residual evaluations at most, 0 for the default of `least_squares`.
-    epsfcn : float, optional
-        Square of the relative step of the differences.
-    factor : float, optional
-        Accepted, without effect: the size of the first step is found from the first solve.
-    diag : array_like, shape (n,), optional
-        Reciprocals of the characteristic sizes of the parameters.
-
-    Returns
-    -------
-    x : ndarray, shape (n,)
-        Solution.
-    cov_x : ndarray, shape (n, n), or None
-        Inverse of J'J, with ``full_output``; None if it is singular.
-    infodict : dict
-        ``nfev``, ``fvec``, and ``fjac``, ``ipvt`` and ``qtf``, a pivoted QR factorisation of the
-        Jacobian, with ``full_output``.
-    mesg : str
-        Why it stopped, with ``full_output``.
-    ier : int
-        1 to 4 for success, 5 if ``maxfev`` was reached.
-
-    Raises
-    ------
-    ValueError
-        If an argument breaks the rule that the message names.
-    """
-    jac: Any = "2-point"
-    if Dfun is not None:
-        derivative = Dfun
-        jac = (lambda x, *a: np.asarray(derivative(x, *a)).T) if col_deriv else Dfun
-    result = least_squares(
-        func,
-        x0,
-        jac,
-        ftol=ftol,
-        xtol=xtol,
-        gtol=gtol,
-        args=args if isinstance(args, tuple) else (args,),
-        **_translated({"maxfev": maxfev, "epsfcn": epsfcn, "diag": diag}, 0),
-    )
-    # MINPACK's info: 1 and 2 for ftol and xtol, 3 for both, 4 for gtol, 5 for too many calls.
-    ier = {1: 4, 2: 1, 3: 2, 4: 3}.get(result.status, 5)
-    if not full_output:
-        return result.x, ier
-    cov = result.covariance(absolute_sigma=True)
-    cov_x = cov if np.isfinite(cov).all() else None
-    return result.x, cov_x, _info(result), result.message, ier

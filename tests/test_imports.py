@@ -20,7 +20,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "lmsolve"
 HARD = {"numpy", "scipy"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {
-        "_least_squares", "_curve_fit", "_lm", "_state", "_result", "_uncertainty", "_batched",
+        "_least_squares", "_leastsq", "_curve_fit", "_lm", "_state", "_result", "_uncertainty", "_batched",
         "_check_jac", "_history",
     },
     "__main__": {"__init__", "torch", "legate/_start"},
@@ -50,8 +50,10 @@ CORE = set(MAY_IMPORT) - {"__init__", "__main__"}
 MAY_IMPORT |= {
     "_fit": CORE,
     "_least_squares": CORE | {"_fit", "legate/_arrays"},
-    "_curve_fit": CORE | {"_fit", "_least_squares"},
-    "_check_jac": CORE | {"_curve_fit"},
+    "_curve_data": {"_xp", "_validate"},
+    "_leastsq": {"_xp", "_result", "_least_squares"},
+    "_curve_fit": CORE | {"_curve_data", "_fit", "_least_squares", "_leastsq"},
+    "_check_jac": CORE,
     "_batched_model": {"_xp", "_loss", "torch"},
     "_batched_lm": {"_xp", "_batched_model"},
     "_batched_inputs": {"_xp", "_loss", "_batched_model", "_batched_lm"},
