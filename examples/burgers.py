@@ -1,17 +1,19 @@
 """The Burgers equation as a physics-informed network, trained by Levenberg-Marquardt.
 
-    python examples/burgers.py [--smoke] [--seconds 600] [--goal 5e-5] [--out out]
+    python examples/burgers.py [--smoke] [--seconds 600] [--goal 1e-6] [--seed 0] [--out out]
 
     u_t + u u_x = (0.01 / pi) u_xx  on -1 < x < 1, 0 < t < 1,   u(x, 0) = -sin(pi x),  u(+-1, t) = 0
 
-A front of width 0.01 forms at x = 0. The network (three layers of 20, 921 parameters) is judged by
-the equation at 6,000 points and by the initial and boundary values; its error is taken against the
-solution by the Cole-Hopf transform. L-BFGS and Adam then get the time that ours took.
+A front of width 0.01 forms at x = 0. The solution is odd in x and is written so that it meets the
+initial and boundary values whatever the network (three layers of 16, 609 parameters) says; the
+network is judged by the equation at 6,000 points. Its error is taken against the solution by the
+Cole-Hopf transform. L-BFGS and Adam then get the time that ours took, on the same network.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import time
 from importlib.util import find_spec
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 import lmsolve.torch
 
 VISCOSITY = 0.01 / math.pi
-DATA_WEIGHT = 10.0  # of the initial and boundary values against the equation
+STEEP = 20.0  # of the factor that vanishes at x = 0
 
 
 def exact(x: np.ndarray, t: np.ndarray) -> np.ndarray:
@@ -40,25 +42,29 @@ def exact(x: np.ndarray, t: np.ndarray) -> np.ndarray:
 class Burgers(nn.Module):
     """u(x, t) and the residual of the equation at points (B, 2).
 
+    With N the network, u = -sin(pi x) + t f(x) N(x, t) with f = (1 - x) tanh(20 x) for x >= 0, and
+    u(-x, t) = -u(x, t): every initial and boundary value is met, and only the equation is left.
+
     The derivatives travel through the layers beside the value, so that every parameter is met in
     a Linear layer's call: the solver then makes a row of the Jacobian four times as fast as through
     nested autograd, to which `main` compares the residual.
     """
 
-    def __init__(self, width: int = 20) -> None:
+    def __init__(self, width: int = 16) -> None:
         super().__init__()
-        self.u = nn.Sequential(
+        self.network = nn.Sequential(
             nn.Linear(2, width), nn.Tanh(),
             nn.Linear(width, width), nn.Tanh(),
             nn.Linear(width, width), nn.Tanh(),
             nn.Linear(width, 1),
         )  # fmt: skip
 
-    def forward(self, points: Tensor) -> tuple[Tensor, Tensor]:
+    def derivatives(self, points: Tensor) -> tuple[Tensor, ...]:
+        """N, N_x, N_t, N_xx."""
         zero = torch.zeros_like(points)
         x_hat, t_hat = (zero.index_fill(1, torch.tensor(axis), 1.0) for axis in (0, 1))
         u, u_x, u_t, u_xx = points, x_hat, t_hat, zero
-        for layer in self.u:
+        for layer in self.network:
             if isinstance(layer, nn.Linear):
                 # All in one call; the last row gives the bias, which derivatives do not have.
                 together = layer(torch.stack([u, u_x, u_t, u_xx, torch.zeros_like(u)], 1))
@@ -69,7 +75,32 @@ class Burgers(nn.Module):
                 slope = 1 - u * u
                 u_xx = slope * (u_xx - 2 * u * u_x * u_x)
                 u_x, u_t = slope * u_x, slope * u_t
-        return u, u_t + u * u_x - VISCOSITY * u_xx
+        return u, u_x, u_t, u_xx
+
+    def solution(self, points: Tensor) -> tuple[Tensor, ...]:
+        """u, u_x, u_t, u_xx for x >= 0."""
+        x, t = points[:, :1], points[:, 1:]
+        n, n_x, n_t, n_xx = self.derivatives(points)
+        T = torch.tanh(STEEP * x)
+        T_x = STEEP * (1 - T * T)
+        f, f_x, f_xx = (1 - x) * T, (1 - x) * T_x - T, -2 * T_x * (1 + (1 - x) * STEEP * T)
+        sine, cosine = torch.sin(math.pi * x), torch.cos(math.pi * x)
+        u = -sine + t * f * n
+        u_x = -math.pi * cosine + t * (f_x * n + f * n_x)
+        u_xx = math.pi**2 * sine + t * (f_xx * n + 2 * f_x * n_x + f * n_xx)
+        return u, u_x, f * (n + t * n_t), u_xx
+
+    def forward(self, points: Tensor) -> Tensor:
+        u, u_x, u_t, u_xx = self.solution(points)
+        return u_t + u * u_x - VISCOSITY * u_xx
+
+    def u(self, points: Tensor) -> Tensor:
+        """The solution on both sides."""
+        x, t = points[:, :1], points[:, 1:]
+        z = x.abs()
+        factor = (1 - z) * torch.tanh(STEEP * z)
+        n = self.network(torch.cat([z, t], 1))
+        return x.sign() * (t * factor * n - torch.sin(math.pi * z))
 
     def by_nested_autograd(self, points: Tensor) -> Tensor:
         """The residual of the equation once more."""
@@ -80,27 +111,12 @@ class Burgers(nn.Module):
         return u_t + u * u_x - VISCOSITY * u_xx
 
 
-def residual(output: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
-    """Equation inside, value on the edge; ``target`` (B, 2) says which, and the value."""
-    u, equation = output
-    on_edge, value = target[:, :1], target[:, 1:]
-    return torch.where(on_edge > 0, DATA_WEIGHT * (u - value), equation)
-
-
-def make_points(inside: int) -> tuple[Tensor, Tensor]:
-    """Points and targets: quasi-random inside, every second one drawn towards the front."""
+def make_points(count: int) -> tuple[Tensor, Tensor]:
+    """Quasi-random points with x >= 0, every second one drawn towards the front; and zeros."""
     sobol = torch.quasirandom.SobolEngine(2, scramble=True, seed=0)
-    inner = sobol.draw(inside, dtype=torch.float64)
-    inner[:, 0] = 2 * inner[:, 0] - 1
-    inner[::2, 0] = inner[::2, 0] ** 3
-    x, t = torch.linspace(-1, 1, 100).double(), torch.linspace(0, 1, 50).double()
-    start = torch.stack([x, torch.zeros_like(x)], 1)
-    walls = [torch.stack([torch.full_like(t, side), t], 1) for side in (-1.0, 1.0)]
-    points = torch.cat([inner, start, *walls])
-    targets = torch.zeros_like(points)
-    targets[inside:, 0] = 1
-    targets[inside : inside + 100, 1] = -torch.sin(math.pi * x)
-    return points, targets
+    points = sobol.draw(count, dtype=torch.float64)
+    points[::2, 0] = points[::2, 0] ** 3
+    return points, torch.zeros_like(points[:, :1])
 
 
 class Reference:
@@ -120,8 +136,8 @@ class Reference:
         return float(np.linalg.norm(self.values(model) - self.u) / np.linalg.norm(self.u))
 
 
-def make_model() -> Burgers:
-    torch.manual_seed(0)
+def make_model(seed: int = 0) -> Burgers:
+    torch.manual_seed(seed)
     return Burgers().double()
 
 
@@ -129,7 +145,7 @@ def run_lm(
     model: Burgers, data: tuple[Tensor, Tensor], reference: Reference, args: argparse.Namespace
 ) -> float:
     """Train until the error is below ``args.goal`` or time is up; the seconds it took."""
-    probe = make_model()
+    probe = copy.deepcopy(model)
     step = 0
 
     def report(state: OptimizeResult) -> None:
@@ -146,7 +162,6 @@ def run_lm(
     result = lmsolve.torch.fit(
         model,
         data,
-        residual=residual,
         max_steps=args.steps,
         max_seconds=args.seconds,
         callback=report,
@@ -169,7 +184,7 @@ def run_other(name: str, model: Burgers, data: tuple[Tensor, Tensor], seconds: f
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = residual(model(points), targets).square().mean()
+        loss = (model(points) - targets).square().mean()
         loss.backward()
         return loss
 
@@ -204,26 +219,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="600 points, 60 steps")
     parser.add_argument("--seconds", type=float, default=600.0)
-    parser.add_argument("--goal", type=float, default=5e-5, help="error to stop at")
+    parser.add_argument("--goal", type=float, default=1e-6, help="error to stop at")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--linalg", choices=("torch", "legate"), default="torch")
     parser.add_argument("--out", type=Path, default=Path("out"))
     args = parser.parse_args()
-    inside, args.steps = (600, 60) if args.smoke else (6000, 10**9)
-    data, reference, model = make_points(inside), Reference(), make_model()
-    equation = model(data[0])[1]
-    assert torch.allclose(equation, model.by_nested_autograd(data[0]), atol=1e-12)
+    count, args.steps = (600, 60) if args.smoke else (6000, 10**9)
+    data, reference, model = make_points(count), Reference(), make_model(args.seed)
+    assert torch.allclose(model(data[0]), model.by_nested_autograd(data[0]), atol=1e-12)
     taken = run_lm(model, data, reference, args)
     error = reference.error(model)
     print(f"Levenberg-Marquardt: relative error {error:.2e} after {taken:.0f} s")
     others = {}
     for name in ("L-BFGS", "Adam"):
-        other = make_model()
+        other = make_model(args.seed)
         run_other(name, other, data, taken)
         others[name] = reference.error(other)
         print(f"{name}: relative error {others[name]:.2e} after {taken:.0f} s")
     draw(reference, model, args.out / "burgers.png")
     assert error < min(others.values()), (error, others)
-    assert args.smoke or error < 1e-4, error
+    assert args.smoke or error < 1e-5, error
 
 
 if __name__ == "__main__":
