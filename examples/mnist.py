@@ -4,7 +4,7 @@
 
 FOLDER holds the four IDX files of MNIST or Fashion-MNIST (Debian's dataset-fashion-mnist puts them
 into /usr/share/datasets/fashion-mnist); without one, the 1,797 digits of examples/data are used.
-Adam's rate is the best of three, by its test loss on the first seed. Prints the test loss and
+Adam's rate is the best of four, by its test loss on the first seed. Prints the test loss and
 accuracy both reach, and when ours passes the best of Adam's test losses.
 """
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import lmsolve.torch
 
 DIGITS = Path(__file__).parent / "data" / "digits.csv.gz"
-RATES = (3e-3, 1e-2, 3e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 
 
 class Images(NamedTuple):
@@ -118,8 +118,8 @@ def run_lm(
 
     lmsolve.torch.fit(
         model, (images.x, images.y), loss="cross_entropy", weight_decay=args.decay,
-        batch_size=args.batch, grow_batches=True, max_steps=args.steps, callback=note,
-        linalg=args.linalg,
+        batch_size=args.batch, grow_batches=True, sketch=True, max_steps=args.steps,
+        callback=note, linalg=args.linalg,
     )  # fmt: skip
     return trace
 
@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="for each run")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--batch", type=int, help="samples in a first mini-batch of ours")
-    parser.add_argument("--decay", type=float, default=1e-4, help="weight decay of ours")
+    parser.add_argument("--decay", type=float, default=1e-3, help="weight decay of ours")
     parser.add_argument("--linalg", choices=("torch", "legate"), default="torch")
     parser.add_argument("--out", type=Path, default=Path("out"))
     args = parser.parse_args()
@@ -181,7 +181,10 @@ def main() -> None:
     args.steps = 30 if args.smoke else 10**9  # a step takes long on a machine that is busy
     images = load(args.data)
     side = images.x.shape[-1]
-    args.batch = args.batch or (1000 if args.data else 500)
+    args.batch = args.batch or (1000 if args.data else 300)
+    few = images._replace(x=images.x[:100], y=images.y[:100])
+    once = argparse.Namespace(**vars(args) | {"steps": 1})
+    run_lm(make_model(args.model, side, 0), few, args.seconds, once)  # loads libraries
     rate = min(
         RATES[1:2] if args.smoke else RATES,
         key=lambda r: (
@@ -198,9 +201,9 @@ def main() -> None:
         passed = next((p.seconds for p in lm[-1] if p.loss <= theirs.loss), None)
         faster += passed is not None and passed <= theirs.seconds / 2
         print(
-            f"seed {seed}: test loss {ours.loss:.4f} ({ours.accuracy:.2%}), {ours.seconds:.1f} s; "
-            f"Adam {theirs.loss:.4f} ({theirs.accuracy:.2%}), {theirs.seconds:.1f} s; "
-            + (f"passed after {passed:.1f} s" if passed is not None else "not passed")
+            f"seed {seed}: test loss {ours.loss:.4f} ({ours.accuracy:.2%}), {ours.seconds:.2f} s; "
+            f"Adam {theirs.loss:.4f} ({theirs.accuracy:.2%}), {theirs.seconds:.2f} s; "
+            + (f"passed after {passed:.2f} s" if passed is not None else "not passed")
         )
     print(f"Adam's best test loss in at most half of its time: {faster} of {args.seeds} seeds")
     draw(lm, adam, args.out / "mnist.png")
