@@ -6,7 +6,7 @@
               values among the residuals (the example's form has them exact)
 
 A contender trains until its time is up or the last rung is reached. It is looked at whenever its
-time has grown by 5 %; neither the time nor the memory of these looks counts.
+time has grown by 10 %; neither the time nor the memory of these looks counts.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ class Watch:
             self.trace.append((now, self.problem.look(self.model)))
             left = now < self.seconds and not self.trace[-1][1] <= self.problem.rungs[-1]
             forget_peak()
-            self._next = 1.05 * now
+            self._next = 1.1 * now
             self._away += self.clock() - start
         return left
 
