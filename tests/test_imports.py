@@ -20,8 +20,8 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "lmsolve"
 HARD = {"numpy", "scipy"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {
-        "_least_squares", "_leastsq", "_curve_fit", "_lm", "_state", "_result", "_uncertainty", "_batched",
-        "_check_jac", "_history",
+        "_least_squares", "_leastsq", "_curve_fit", "_lm", "_state", "_result", "_uncertainty",
+        "_batched", "_check_jac", "_history",
     },
     "__main__": {"__init__", "torch", "legate/_start"},
     "_xp": {"array_api_compat"},

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     from ._cluster import Cluster
 
-#: Copies of the matrix at a factorisation, all processors together: itself, with its shift, those of
-#: cuPyNumeric, and the factor in bands (n = 8,704 on two CPUs took 4.2 GB).
+#: Copies of the matrix at a factorisation, all processors together: itself, with its shift, those
+#: of cuPyNumeric, and the factor in bands (n = 8,704 on two CPUs took 4.2 GB).
 COPIES = 7
 #: Up to this size cuPyNumeric factors on one processor.
 UNTILED = 8192
