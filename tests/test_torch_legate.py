@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
 from lmsolve.legate._start import inspect_machine, obstacle  # noqa: E402
 from lmsolve.torch import LM, _cluster, _setup, available_gpus, fit  # noqa: E402
+from lmsolve.torch._data import make_batch  # noqa: E402
 from tests.test_legate_ranks import launch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,6 +67,15 @@ def session(model: nn.Module, data: Any, **options: Any) -> Any:
     optimizer = LM(model, **{"linalg": "legate", **options})
     optimizer.step(*data)
     return optimizer._session
+
+
+def first_step(model: nn.Module, data: Any, linalg: str) -> tuple[Any, Any]:
+    """A session, and its step from the start at a relative damping of one."""
+    looked_at = LM(model, linalg=linalg)._session
+    looked_at.place(make_batch(*data, None, looked_at.network.parameters), 0)
+    problem, x = looked_at.problem, looked_at.x
+    sub = problem.linearize(x, problem.residual(x))
+    return looked_at, sub.solve(sub.size)
 
 
 @pytest.mark.skipif(obstacle(inspect_machine()) is None, reason="Legate can start here")
@@ -797,15 +807,11 @@ def test_examples_run_on_two_ranks(found: list[dict[str, Any]], check: str) -> N
 
 
 @pytest.mark.ranks
-def test_matrices_of_two_ranks_stay_on_their_processors(found: list[dict[str, Any]]) -> None:
+def test_the_matrix_of_two_ranks_stays_on_their_processors(found: list[dict[str, Any]]) -> None:
     assert found[0]["in_bands"] == found[1]["in_bands"]
-    for model, data, bands in zip(
-        (net(3), net(40, 3, 2)), (curve(), cloud()), found[0]["in_bands"], strict=True
-    ):
-        assert bands["matrix"] == 0
-        optimizer = LM(model)
-        expected = [optimizer.step(*data).loss]
-        np.testing.assert_allclose([float.fromhex(v) for v in bands["losses"]], expected, rtol=1e-8)
+    assert found[0]["in_bands"]["matrix"] == 0
+    _, step = first_step(net(3), curve(), "torch")
+    np.testing.assert_allclose(found[0]["in_bands"]["step"], step, rtol=1e-8)
 
 
 @pytest.mark.ranks

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 #: Copies of the matrix at a factorisation, all processors together: itself, with its shift, those
 #: of cuPyNumeric, and the factor in bands (n = 8,704 on two CPUs took 4.2 GB).
 COPIES = 7
+#: A store of at most so many bytes is read whole: a part of it is a new store for Legate, for which
+#: two ranks take twice the time.
+SMALL = 2**20
 #: Up to this size cuPyNumeric factors on one processor.
 UNTILED = 8192
 #: J'r_pp (n,) of a step p, from J'J p if that is known.
@@ -152,6 +155,8 @@ class BandFactor:
         outputs = (self._rows.partition_by_tiling((1, bands.size)),)
         bands.cluster.run(work, bands.count, (self._parts,), outputs)
         bands.cluster.traffic[bands.kind] += y.nbytes
+        if bands.count * y.nbytes <= SMALL:
+            return bands.cluster.read(self._rows, bands.kind)[i].to(y)
         row = self._rows.slice(0, slice(i, i + 1))
         return bands.cluster.read(row, bands.kind)[0].to(y)
 
