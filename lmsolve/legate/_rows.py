@@ -78,7 +78,7 @@ def rows(
     loss, f_scale : str, float
         As in `least_squares`.
     block_rows : int, optional
-        Rows of a block; by default as many as make 8 MB of J, 16384 at most.
+        Rows of a block; by default as many as make 8 MB of J, 32768 at most.
 
     Returns
     -------

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -93,25 +94,25 @@ class ShardedSums(LocalSums):
             self._reductions[key] = RowSums(ArrayFunctions(n, loss))
         return self._reductions[key]
 
+    @cached_property
+    def _starts(self) -> bool:
+        """Whether Legate runs, or would start: looked at once in a call, which takes 30 ms."""
+        try:
+            check_startable()
+        except (ImportError, RuntimeError):
+            return False
+        return True
+
     def takes(self, J: Array, r: Array) -> bool:
         """Whether rows J (k, n) with residuals r (k,) go to Legate."""
         k, n = J.shape
         if is_cupynumeric(J) or is_cupynumeric(r):
             return self.pays(k, n)
-        return (self._everything or k * n * n >= SMALL) and _startable()
+        return (self._everything or k * n * n >= SMALL) and self._starts
 
 
 #: Parameters of functions that do not depend on them.
 NOWHERE = np.zeros(1)
-
-
-def _startable() -> bool:
-    """Whether Legate runs, or would start."""
-    try:
-        check_startable()
-    except (ImportError, RuntimeError):
-        return False
-    return True
 
 
 def parts(r: Array, loss: Loss | None) -> tuple[Array, ...]:
