@@ -38,7 +38,7 @@ from ._lm import (
 from ._problem import Problem, UserFunction
 from ._state import LMState
 from ._subproblem import ESCALATE, NormalEquations, Rows
-from ._trust import ITERATIONS, SLACK
+from ._trust import CUT, ITERATIONS, SLACK
 
 #: Beyond this many parameters LAPACK is faster (measured: the curves cross at n = 7).
 PARAMETERS = 6
@@ -144,7 +144,7 @@ class Linearisation:
             A = self.G.copy()
             A.ravel()[:: len(self.g) + 1] += mu * squares
             last = self._solve(A, mu)
-            if last is None or abs(last.length - radius) <= SLACK * radius:
+            if last is None or -SLACK * radius <= last.length - radius <= CUT * radius:
                 break
         if last is None or last.length <= radius:
             return last

@@ -18,8 +18,8 @@ from ._linalg import LinAlgError
 from ._subproblem import Subproblem
 from ._xp import Array, Namespace, to_floats
 
-#: Relative slack in |q| = radius; More (1978) uses the same.
-SLACK = 0.1
+#: Relative slack in |q| = radius (More 1978), and that of a damped step beyond it, which is cut.
+SLACK, CUT = 0.1, 0.2
 #: Smallest damping of a singular system, relative to its unit diagonal, in units of eps.
 FLOOR = 64.0
 #: Dampings tried, and bounds met, in one step at most.
@@ -138,9 +138,9 @@ def step(
 
 def _fits(last: Step, radius: float) -> bool:
     """Whether a step is an undamped one inside the radius, or close to it."""
-    if last.mu == 0.0 and last.length <= (1.0 + SLACK) * radius:
-        return True
-    return abs(last.length - radius) <= SLACK * radius
+    if last.mu == 0.0:
+        return last.length <= (1.0 + SLACK) * radius
+    return -SLACK * radius <= last.length - radius <= CUT * radius
 
 
 def _cornered(last: Step, radius: float, epsilon: float) -> bool:
