@@ -1,8 +1,8 @@
 """Do 95 % intervals hold the truth 95 times in 100? Simulated fits of five models.
 
-    python benchmarks/coverage.py               # 10,000 fits a model; results/coverage.json
-    python benchmarks/coverage.py --smoke       # 60 fits of two models, nothing written
-    python benchmarks/coverage.py --fits 1000 --profiled 200
+    python benchmarks/interval_coverage.py              # 10,000 fits a model; results/
+    python benchmarks/interval_coverage.py --smoke      # 60 fits of two models, nothing written
+    python benchmarks/interval_coverage.py --fits 1000 --profiled 200
 
 Each fit gets fresh Gaussian noise on the same curve; `linear` and `profile` intervals come from
 `result.confidence_intervals`. Profiling refits some twenty times for each parameter, so it is done
@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="few fits, nothing written")
     parser.add_argument("--fits", type=int, default=10_000)
     parser.add_argument("--profiled", type=int, default=1_000, help="of which are profiled")
-    parser.add_argument("--output", type=Path, default=RESULTS / "coverage.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "interval_coverage.json")
     args = parser.parse_args()
     fits, profiled = (60, 20) if args.smoke else (args.fits, args.profiled)
     found = [measure(name, fits, profiled) for name in (SMOKE if args.smoke else MODELS)]
