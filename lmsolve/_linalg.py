@@ -16,6 +16,9 @@ from ._xp import Array, Namespace, is_torch
 
 LinAlgError = np.linalg.LinAlgError
 
+#: From this size on LAPACK takes several threads. SciPy's and NumPy's, each with threads of its
+#: own, keep each other waiting (80 ms for 13 at n = 1000, after a product of NumPy's): so NumPy's.
+THREADED = 100
 #: Entries of J from which Cholesky QR beats Householder's (measured: 3 to 4 times as fast).
 CHOLESKY_QR = 200_000
 #: Passes of Cholesky QR, the shift of the first in units of (n + 1) eps, and the deviation of Q'Q
@@ -30,18 +33,22 @@ class Cholesky:
     diagonal, about the reciprocal of its condition number.
     """
 
-    __slots__ = ("_factor", "_potrs", "_xp", "pivot")
+    __slots__ = ("_factor", "_lower", "_potrs", "_xp", "pivot")
 
     def __init__(self, xp: Namespace, A: Array, overwrite: bool = False) -> None:
         self._xp = xp
         if xp is np:
             single = A.dtype == np.float32
-            potrf = lapack.spotrf if single else lapack.dpotrf
             self._potrs = lapack.spotrs if single else lapack.dpotrs
-            # The transpose of a symmetric C-ordered matrix is itself, Fortran-ordered: no copy.
-            self._factor, info = potrf(A.T, lower=1, overwrite_a=overwrite, clean=0)
-            if info != 0:
-                raise LinAlgError(f"leading minor {info} is not positive definite")
+            self._lower = A.shape[0] < THREADED
+            if self._lower:
+                potrf = lapack.spotrf if single else lapack.dpotrf
+                # The transpose of a symmetric C-ordered matrix is itself, Fortran-ordered: no copy.
+                self._factor, info = potrf(A.T, lower=1, overwrite_a=overwrite, clean=0)
+                if info != 0:
+                    raise LinAlgError(f"leading minor {info} is not positive definite")
+            else:
+                self._factor = np.linalg.cholesky(A).T
             root = self._factor.diagonal().min()
             self.pivot = float(root * root)
             if not self.pivot > 0:
@@ -56,7 +63,7 @@ class Cholesky:
     def solve(self, b: Array) -> Array:
         """Solution (n,) of ``A y = b``."""
         if self._xp is np:
-            y, _ = self._potrs(self._factor, b, lower=1)
+            y, _ = self._potrs(self._factor, b, lower=self._lower)
             return y
         return _cholesky_solve(self._xp, self._factor, b)
 

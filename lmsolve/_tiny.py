@@ -39,6 +39,7 @@ from ._problem import Problem, UserFunction
 from ._state import LMState
 from ._subproblem import ESCALATE, NormalEquations, Rows
 from ._trust import CUT, ITERATIONS, SLACK
+from ._xp import dot_itself
 
 #: Beyond this many parameters LAPACK is faster (measured: the curves cross at n = 7).
 PARAMETERS = 6
@@ -296,7 +297,7 @@ class Descent:
         if r is self.problem.first:
             r = r.copy()  # and fill the same array at every call
         self.nfev += 1
-        return r, 0.5 * ddot(r, r)  # BLAS itself: NumPy would warn of a trial that overflows
+        return r, 0.5 * dot_itself(r)
 
     def _jacobian(self) -> Any:
         """J at x, whatever it is; by one-sided differences in one buffer where these are plain."""

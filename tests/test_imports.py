@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_complex": {"_xp", "_problem"},
     "_trust": {"_xp", "_linalg", "_bounds", "_damping", "_subproblem"},
     "_lm": {"_xp", "_linalg", "_bounds", "_damping", "_problem", "_state", "_trust"},
-    "_tiny": {"_damping", "_history", "_lm", "_problem", "_state", "_subproblem", "_trust"},
+    "_tiny": {"_xp", "_damping", "_history", "_lm", "_problem", "_state", "_subproblem", "_trust"},
     "_uncertainty": {"_xp", "_linalg"},
     "_report": {"_xp"},
     "_result": {"_xp", "_uncertainty", "_report"},
