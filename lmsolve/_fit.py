@@ -241,7 +241,7 @@ class Fit:
         callback: Any,
         resume: LMState | None,
     ) -> LeastSquaresResult:
-        """Loop over the step-wise solver."""
+        """The result of a run from x0, or from the state to resume."""
         problem, x = self.problem, self.x0
         precision = getattr(problem, "precision", eps(self.xp, x.dtype))
         f, s, g = _validate.tolerances(*tolerances, precision)
@@ -257,43 +257,52 @@ class Fit:
         if isinstance(problem, Problem):
             problem.norms_needed = isinstance(x_scale, str)
         notify = _hooks.notifier(callback)
-        speaks = verbose > 0 and is_first_rank()
-        history: list[_history.Iteration] = []
+        if self.options.workers is None:
+            return self._run(solver, notify, verbose if is_first_rank() else 0, resume)
         with _hooks.Workers(self.options.workers, problem):
-            if resume is None:
-                state = solver.init(problem, x, self.r0)
-            elif isinstance(resume, LMState):
-                state = solver.resume(problem, resume.moved(x))
-            else:
-                raise TypeError(f"`resume` must be an LMState, got {type(resume).__name__}.")
-            if speaks and verbose == 2:
-                print(_history.HEADER)
+            return self._run(solver, notify, verbose if is_first_rank() else 0, resume)
+
+    def _run(
+        self, solver: LevenbergMarquardt, notify: Any, verbose: int, resume: LMState | None
+    ) -> LeastSquaresResult:
+        """Loop over the step-wise solver."""
+        problem = self.problem
+        history: list[_history.Iteration] = []
+        if resume is None and notify is None and verbose < 2 and self._is_tiny(solver):
+            descent = Descent(solver, problem, self.x0, self.r0, history)
+            first_cost, state = descent.cost, descent.run()
+        else:
+            state = self._start(solver, resume)
             first_cost = state.cost
-            if resume is None and notify is None and verbose < 2 and self._is_tiny(solver):
-                state = Descent(solver, problem, state, history).run()
-            while state.status is None:
-                before = state
-                state = solver.step(problem, state)
-                if state.nfev > before.nfev:  # the last step may end the run without a trial
-                    history.append(_history.iteration(state, _history.is_polish(before, state)))
-                    if speaks and verbose == 2:
-                        print(_history.line(history[-1]))
-                if (
-                    state.nit > before.nit
-                    and notify is not None
-                    and notify(self._intermediate(state))
-                ):
-                    state = state._replace(status=CALLBACK)
-            if state.point.subproblem is None:
-                state = solver.linearize(problem, state)
-            result = self._result(problem, state, history, solver)
-        if speaks:
+        if verbose == 2:
+            print(_history.HEADER)
+        while state.status is None:
+            before = state
+            state = solver.step(problem, state)
+            if state.nfev > before.nfev:  # the last step may end the run without a trial
+                history.append(_history.iteration(state, _history.is_polish(before, state)))
+                if verbose == 2:
+                    print(_history.line(history[-1]))
+            if state.nit > before.nit and notify is not None and notify(self._intermediate(state)):
+                state = state._replace(status=CALLBACK)
+        if state.point.subproblem is None:
+            state = solver.linearize(problem, state)
+        result = self._result(problem, state, history, solver)
+        if verbose:
             print(result.message)
             print(
                 f"Function evaluations {result.nfev}, initial cost {first_cost:.4e}, final cost "
                 f"{result.cost:.4e}, first-order optimality {result.optimality:.2e}."
             )
         return result
+
+    def _start(self, solver: LevenbergMarquardt, resume: LMState | None) -> LMState:
+        """The state to step from."""
+        if resume is None:
+            return solver.init(self.problem, self.x0, self.r0)
+        if isinstance(resume, LMState):
+            return solver.resume(self.problem, resume.moved(self.x0))
+        raise TypeError(f"`resume` must be an LMState, got {type(resume).__name__}.")
 
     def _is_tiny(self, solver: LevenbergMarquardt) -> bool:
         """Whether the n-sized work is cheaper in Python floats."""
@@ -342,7 +351,7 @@ class Fit:
         host_g = to_numpy(g)
         if self.box is None:
             active = np.zeros(x.shape[0], dtype=int)
-            optimality = float(np.abs(host_g).max())
+            optimality = float(np.maximum.reduce(np.abs(host_g)))
             held = np.zeros(x.shape[0], dtype=bool)
         else:
             host_x, host_g = to_numpy(x).astype(float), host_g.astype(float)

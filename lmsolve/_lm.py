@@ -157,9 +157,7 @@ class LevenbergMarquardt:
             If the cost at ``x0`` is not finite.
         """
         r = problem.residual(x0) if residual is None else residual
-        (cost,) = to_floats(problem.cost(r))
-        if not math.isfinite(cost):
-            raise ValueError(f"The cost must be finite at `x0`, got {cost}.")
+        cost = finite_cost(*to_floats(problem.cost(r)))
         return LMState(x=x0, cost=cost, scale=None, damping=Damping(0.0), point=Point(r))
 
     def resume(self, problem: LeastSquaresProblem, state: LMState) -> LMState:
@@ -541,6 +539,13 @@ def difference_share(m: int) -> float:
     below 4 times that.
     """
     return min(1.0, 4.0 / math.sqrt(m))
+
+
+def finite_cost(cost: float) -> float:
+    """The cost at x0; ValueError if it is not finite."""
+    if not math.isfinite(cost):
+        raise ValueError(f"The cost must be finite at `x0`, got {cost}.")
+    return cost
 
 
 def first_radius(length: float, cost: float, n: int) -> float:

@@ -87,7 +87,8 @@ class UserFunction:
 
     def residuals(self, r: Any, x: Array) -> Array:
         """``r`` as an array (m,) of the kind of x."""
-        if type(r) is np.ndarray and r.shape == self.shape and r.dtype == self.dtype:
+        plain = type(r) is np.ndarray is type(x) and r.dtype == (self.dtype or x.dtype)
+        if plain and (r.shape == self.shape or (self.shape is None and r.ndim == 1)):
             return r
         if r is None:
             raise TypeError(f"`{self.name}` must return an array of residuals, got None.")

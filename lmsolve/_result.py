@@ -69,9 +69,7 @@ class LeastSquaresResult(OptimizeResult):  # type: ignore[misc]  # SciPy has no 
         Numerical rank of the Jacobian of the free parameters; computed when it is asked for.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        object.__setattr__(self, "_context", None)
+    _context: Any = None  # a Context
 
     @property
     def rank(self) -> int:

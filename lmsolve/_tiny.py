@@ -33,6 +33,7 @@ from ._lm import (
     LevenbergMarquardt,
     Point,
     difference_share,
+    finite_cost,
     first_radius,
 )
 from ._problem import Problem, UserFunction
@@ -49,118 +50,127 @@ PARAMETERS = 6
 NEAR = 10.0
 
 FLOAT = np.dtype(float)
+FADE_SQUARED = FADE * FADE
 
 Vector = list[float]
 
 
 class Trial(NamedTuple):
-    """A negative step -p (n,), |D p|, the damping, the slope g'p < 0 and the predicted decrease.
-
-    ``factor`` (n, n) is Cholesky's, of the damped matrix.
-    """
+    """A negative step -p (n,), |D p|, the damping, the slope g'p < 0 and the predicted decrease."""
 
     back: np.ndarray
     length: float
     mu: float
     slope: float
     predicted: float
-    factor: np.ndarray
 
 
-def first_scale(norms: Vector, x: Vector) -> Vector:
-    """Column norms at the start, none below its share of WEIGHT; the twin of the one in `_lm`."""
-    size = [abs(v) for v in x]
-    fill = min([1.0, *(v for v in size if v > 0.0)])
-    size = [v or fill for v in size]
-    heaviest = WEIGHT * max(v * s for v, s in zip(norms, size))
-    return [max(v, heaviest / s) for v, s in zip(norms, size)]
+def first_scale(weights: Vector, x: Vector) -> Vector:
+    """Squared scale at the start, from squared column norms; the twin of the one in `_lm`."""
+    sizes = [v * v for v in x]
+    fill = min([1.0, *(v for v in sizes if v > 0.0)])
+    sizes = [v or fill for v in sizes]
+    heaviest = WEIGHT * WEIGHT * max([w * s for w, s in zip(weights, sizes)])
+    return [max(w, heaviest / s) for w, s in zip(weights, sizes)]
 
 
 class Linearisation:
-    """J'J and J'r at one point, and the steps that they give."""
+    """J'J and J'r at one point, and the steps that they give.
 
-    __slots__ = ("D", "G", "g", "gradient", "newton", "norms", "pivots", "steepest")
+    ``weights`` are the squared column norms and ``squares`` those of the scale D; ``steepest`` is
+    the largest g_j^2 / |J_j|^2. The undamped step is -``back``, with ``square`` = |D p|^2 and
+    ``slope`` = g'p. It is ``sound`` unless the system is ill-conditioned, singular or not finite.
+    """
+
+    __slots__ = (
+        "G",
+        "back",
+        "factor",
+        "g",
+        "gradient",
+        "pivots",
+        "slope",
+        "sound",
+        "square",
+        "squares",
+        "steepest",
+        "weights",
+    )
 
     def __init__(self, J: np.ndarray, r: np.ndarray, scale: Vector | None, x: np.ndarray) -> None:
         T = J.T
         self.G = G = T.dot(J)
-        self.gradient = T.dot(r)
-        self.g: Vector = self.gradient.tolist()
-        self.norms = norms = [math.sqrt(v) for v in G.diagonal().tolist()]
-        #: The largest |g_j| / |J_j|; NaN, which no test lets through, if a column is zero or bad.
-        self.steepest = math.nan
-        if min(norms) > 0.0 and sum(norms) < math.inf:  # a sum keeps a NaN
-            self.steepest = max([abs(gj) / v for gj, v in zip(self.g, norms)])
+        self.gradient = gradient = T.dot(r)
+        # Cholesky's factor is as accurate without the scaling as with it (van der Sluis 1969), so
+        # one call of LAPACK does; its pivots are judged by the scaled ones.
+        self.factor, self.back, info = dposv(G, gradient, 1)
+        self.g = g = gradient.tolist()
+        self.weights = weights = G.diagonal().tolist()
+        self.pivots = pivots = self.factor.diagonal().tolist()
+        self.squares: Vector = []
+        self.sound = info == 0
+        if not self.sound:
+            return
         if scale is None:
-            self.D = first_scale(norms, x.tolist())
-        else:
-            self.D = [v if v > FADE * s else FADE * s for s, v in zip(scale, norms)]
-        self.newton: Trial | None = None
-
-    def gauss_newton(self) -> Trial | None:
-        """The undamped step; None if the system is ill-conditioned."""
-        self.newton = self._solve(self.G, 0.0)
-        return self.newton
-
-    def _solve(self, A: np.ndarray, mu: float) -> Trial | None:
-        """The step of damping mu from the damped matrix A (n, n).
-
-        Cholesky's factor is as accurate without the scaling as with it (van der Sluis 1969), so
-        one call of LAPACK does; its pivots are judged by the scaled ones.
-        """
-        L, back, info = dposv(A, self.gradient, lower=1)
-        if info != 0:
-            return None
-        self.pivots = pivots = L.diagonal().tolist()
-        square = slope = 0.0
-        for v, norm, pj, gj, Dj in zip(pivots, self.norms, back.tolist(), self.g, self.D):
-            if not v * v >= ESCALATE * norm * norm:  # also NaN
-                return None
+            scale = [s / FADE_SQUARED for s in first_scale(weights, x.tolist())]
+        steepest = square = slope = 0.0
+        for w, s, v, gj, pj in zip(weights, scale, pivots, g, self.back.tolist()):
+            if not v * v >= ESCALATE * w:  # also NaN
+                self.sound = False
+            s *= FADE_SQUARED
+            if w > s:
+                s = w
+            self.squares.append(s)
+            c = gj / w * gj
+            if c > steepest:
+                steepest = c
             slope -= pj * gj
-            pj *= Dj
-            square += pj * pj
-        # By (G + mu D^2) p = -g, the model p'G p / 2 needs no product with G.
-        return Trial(back, math.sqrt(square), mu, slope, 0.5 * (mu * square - slope), L)
+            square += pj * pj * s
+        self.steepest, self.slope, self.square = steepest, slope, square
+        self.sound = self.sound and square < math.inf
 
     def within(self, radius: float) -> Trial | None:
         """The step within the radius (see `_trust`); None if the system is ill-conditioned."""
-        last = self.newton
-        if last is None or last.length <= (1.0 + SLACK) * radius:
-            return last
-        squares = np.array(self.D) ** 2
-        lo, hi, mu = (
-            0.0,
-            math.sqrt(sum((gj / v) ** 2 for gj, v in zip(self.g, self.D))) / radius,
-            0.0,
-        )
+        length, slope, factor, back = math.sqrt(self.square), self.slope, self.factor, self.back
+        if length <= (1.0 + SLACK) * radius:
+            return Trial(back, length, 0.0, slope, -0.5 * slope)
+        g, squares = self.g, np.array(self.squares)
+        lo = mu = 0.0
+        hi = math.sqrt(sum([gj * gj / s for gj, s in zip(g, self.squares)])) / radius
         for _ in range(ITERATIONS):
-            w = squares * last.back
-            secular = ddot(w, dpotrs(last.factor, w, lower=1)[0])
-            newton = mu + (last.length / radius - 1.0) * last.length**2 / secular
-            if last.length > radius:
+            w = squares * back
+            secular = ddot(w, dpotrs(factor, w, 1)[0])
+            newton = mu + (length / radius - 1.0) * length * length / secular
+            if length > radius:
                 lo = max(lo, mu)
             else:
                 hi = min(hi, mu)
             mu = min(max(newton, lo), max(hi, lo))
             A = self.G.copy()
-            A.ravel()[:: len(self.g) + 1] += mu * squares
-            last = self._solve(A, mu)
-            if last is None or -SLACK * radius <= last.length - radius <= CUT * radius:
+            A.ravel()[:: len(g) + 1] += mu * squares
+            factor, back, info = dposv(A, self.gradient, 1)
+            if info:
+                return None
+            square = slope = 0.0
+            for s, gj, pj in zip(self.squares, g, back.tolist()):
+                slope -= pj * gj
+                square += pj * pj * s
+            length = math.sqrt(square)
+            if -SLACK * radius <= length - radius <= CUT * radius:
                 break
-        if last is None or last.length <= radius:
-            return last
-        c = radius / last.length
-        curvature = -last.slope - mu * last.length**2
-        predicted = -c * last.slope - 0.5 * c * c * curvature
-        return Trial(c * last.back, radius, mu, c * last.slope, predicted, last.factor)
+        # By (G + mu D^2) p = -g, the model p'G p / 2 needs no product with G.
+        curvature = -slope - mu * square
+        if length <= radius:
+            return Trial(back, length, mu, slope, -slope - 0.5 * curvature)
+        c = radius / length
+        return Trial(c * back, radius, mu, c * slope, -c * slope - 0.5 * c * c * curvature)
 
 
-def scaled_norm(x: np.ndarray, D: Vector) -> float:
+def scaled_norm(x: np.ndarray, squares: Vector) -> float:
     """|D x|."""
     square = 0.0
-    for v, Dj in zip(x.tolist(), D):
-        v *= Dj
-        square += v * v
+    for v, s in zip(x.tolist(), squares):
+        square += v * v * s
     return math.sqrt(square)
 
 
@@ -170,21 +180,24 @@ def _as_it_is(r: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 class Descent:
-    """A run in floats, from an unlinearised state to an ended one or to an unusual one."""
+    """A run in floats, from x0 and its residuals to an ended state or to an unusual one."""
 
     def __init__(
         self,
         solver: LevenbergMarquardt,
         problem: Problem,
-        state: LMState,
+        x: np.ndarray,
+        r: np.ndarray,
         history: list[Iteration],
     ) -> None:
         self.solver, self.problem, self.history = solver, problem, history
-        self.x, self.r, self.cost = state.x, state.point.residual, state.cost
-        self.damping = state.damping
-        self.nfev, self.njev, self.nit = state.nfev, state.njev, state.nit
-        self.fired, self.value, self.limit = state.fired, 0.0, 0.0
-        self.scale = None if state.scale is None else state.scale.tolist()
+        self.x, self.r, self.cost = x, r, finite_cost(0.5 * dot_itself(r))
+        self.damping = Damping(0.0)
+        self.nfev, self.njev, self.nit = 1, 0, 0
+        self.fired, self.value, self.limit = 0, 0.0, 0.0
+        #: The squared scale of the last linearisation, and of the one before.
+        self.scale: Vector | None = None
+        self.earlier: Vector | None = None
         self.size, self.length, self.polished, self.rate = 0.0, math.inf, 0, 1.0
         self.trail: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
         fun = problem.fun
@@ -202,93 +215,91 @@ class Descent:
 
     def run(self) -> LMState:
         """The state at which the run ended, or at which the general solver is to go on."""
-        problem, gtol = self.problem, self.solver.gtol
+        gtol = self.solver.gtol
         while True:
             J = self._jacobian()
             if type(J) is not np.ndarray or J.shape[0] < J.shape[1]:
-                problem.reuse(J)
-                return self._state()
-            self.njev += 1
+                return self._general(J)
             lin = Linearisation(J, self.r, self.scale, self.x)
-            if lin.steepest <= gtol * (rnorm := math.sqrt(2.0 * self.cost)) and not self.fired:
+            self.earlier = self.scale
+            if not lin.sound:
+                return self._general(J)
+            self.scale = lin.squares
+            self.problem.J = J
+            self.njev += 1
+            steepest = lin.steepest
+            if steepest <= 2.0 * gtol * gtol * self.cost and not self.fired:
                 self.fired, self.limit = GTOL, gtol
-                self.value = lin.steepest / rnorm if rnorm else 0.0
-            elif not lin.steepest < math.inf:
-                return self._general(J, lin)
-            self.scale = lin.D
-            if self.damping.radius == 0.0:
-                self.size = scaled_norm(self.x, lin.D)
-                self.damping = Damping(first_radius(self.size, self.cost, len(lin.D)))
-            if lin.steepest == 0.0:
+                self.value = math.sqrt(0.5 * steepest / self.cost) if self.cost else 0.0
+            if steepest == 0.0:
                 return self._ended(J, lin, GTOL)
             moved = self._polish(lin) if self.fired else self._trials(lin)
             if moved is None:
-                return self._general(J, lin)
+                self.njev -= 1  # the general solver counts it again
+                self.scale = self.earlier
+                return self._general(J)
             if not moved:
                 return self._ended(J, lin, self.fired)
             if self.fired and not self.polished and self._stayed_near():
                 lin = Linearisation(J, self.r, self.scale, self.x)
-                if lin.steepest < math.inf and self._polish(lin) is False:
+                if lin.sound and self._polish(lin) is False:
                     return self._ended(J, lin, self.fired)
 
     def _trials(self, lin: Linearisation) -> bool | None:
         """Trials at one x until one is accepted: True; None leaves it to the general solver."""
-        if lin.gauss_newton() is None:
-            return None
         solver, x, cost = self.solver, self.x, self.cost
+        radius = self.damping.radius
+        if radius == 0.0:
+            self.size = scaled_norm(x, lin.squares)
+            radius = first_radius(self.size, cost, len(lin.g))
         while self.nfev < solver.max_nfev:
-            radius = self.damping.radius
             trial = lin.within(radius)
             if trial is None:
                 return None
-            back, length, mu, slope, predicted, _ = trial
-            x_new = x - back
+            back, length, mu, slope, predicted = trial
             if self.nfev == 1:
                 radius = min(radius, length)  # as `Damping.first`
+            x_new = x - back
             r_new, cost_new = self._evaluate(x_new)
             actual = cost - cost_new if cost_new < math.inf else -math.inf
             ratio = actual / predicted if predicted > 0.0 else 0.0
             shrink = interpolated(actual, slope, cost, cost_new) if ratio <= POOR else 1.0
-            self.damping = damping = updated(radius, mu, ratio, length, shrink)
+            self.damping = updated(radius, mu, ratio, length, shrink)
+            radius, mu, _ = self.damping
             accepted = ratio > ACCEPT
             if accepted:
                 self.before = x
                 self.x, self.r, self.cost = x_new, r_new, cost_new
                 self.nit += 1
-            self.history.append(
-                Iteration(
-                    self.nfev,
-                    self.nit,
-                    self.cost,
-                    accepted,
-                    ratio,
-                    *damping[:2],
-                    length,
-                    False,
-                    False,
-                )
-            )
+            self._record(accepted, ratio, length, False)
             # The convergence tests; |D x| is worked out only where it could matter.
             decrease = abs(actual) if abs(actual) > predicted else predicted
             flat = decrease <= solver.ftol * cost and ratio <= 2.0
-            short = min(length, damping.radius)
+            short = length if length < radius else radius
             if flat or short <= 100.0 * solver.xtol * self.size:
-                self._tests(lin.D, short, decrease, flat, cost)
+                self._tests(lin.squares, short, decrease, flat, cost)
             if accepted:
                 return True
             if self.fired:
                 break
         return None
 
-    def _tests(self, D: Vector, short: float, decrease: float, flat: bool, cost: float) -> None:
+    def _tests(
+        self, squares: Vector, short: float, decrease: float, flat: bool, cost: float
+    ) -> None:
         """The convergence tests of `_lm`, for a trial that is ``flat`` or may be too short."""
         solver = self.solver
-        size = self.size = scaled_norm(self.x, D)
+        size = self.size = scaled_norm(self.x, squares)
         if short <= solver.xtol * size and solver.xtol:
             self.fired = BOTH if flat else XTOL
             self.value, self.limit = (short / size if size else 0.0), solver.xtol
         elif flat:
             self.fired, self.value, self.limit = FTOL, decrease / cost, solver.ftol
+
+    def _record(self, accepted: bool, ratio: float, length: float, polishing: bool) -> None:
+        radius, mu, _ = self.damping
+        entry = (self.nfev, self.nit, self.cost, accepted, ratio, radius, mu, length, polishing)
+        self.history.append(tuple.__new__(Iteration, (*entry, False)))  # half of its own time
 
     def _evaluate(self, x: np.ndarray) -> tuple[np.ndarray, float]:
         r = self.function(x.copy())  # the user may write into its argument
@@ -319,15 +330,13 @@ class Descent:
         return self.problem.J
 
     def _given(self, x: np.ndarray, r: np.ndarray) -> Any:
-        """The user's J at x, unless it is made otherwise; the first one is looked at closely."""
-        problem = self.problem
-        if self.derivative is None or problem.J is None:
-            return problem.jacobian(x, r)
+        """The user's J at x, unless it is made otherwise."""
+        if self.derivative is None:
+            return self.problem.jacobian(x, r)
         J = self.derivative(x.copy())
         if type(J) is np.ndarray and J.dtype is FLOAT and J.shape == (r.shape[0], x.shape[0]):
-            problem.J = J
             return J
-        return problem.taken(J, x, r)
+        return self.problem.taken(J, x, r)
 
     def _stayed_near(self) -> bool:
         """Whether the last step was so short that its Jacobian by differences serves here too."""
@@ -343,61 +352,63 @@ class Descent:
             return False
         if self.polished and self.length * self.rate <= 0.1 * POLISHED and not self.error:
             return False  # what the next step would change, at the rate of the last two
-        undamped = lin.gauss_newton()
-        if undamped is None:
-            return None
-        back, length, _, _, predicted, _ = undamped
-        D, x = lin.D, self.x.tolist()
+        x, D = self.x.tolist(), [math.sqrt(s) for s in lin.squares]
         rnorm = math.sqrt(2.0 * self.cost)
         floor = 1e-4 * rnorm
-        change = max([abs(pj) / (abs(xj) + floor / Dj) for pj, xj, Dj in zip(back.tolist(), x, D)])
+        back = lin.back.tolist()
+        change = max([abs(pj) / (abs(xj) + floor / Dj) for pj, xj, Dj in zip(back, x, D)])
         error = self.error
-        if error and self._differences_show(lin, x, error * rnorm):
+        if error and self._differences_show(lin, x, D, error * rnorm):
             return None
+        predicted = -0.5 * lin.slope
         converged = predicted <= self.solver.ftol * self.cost
         if change <= max(POLISHED if converged else VANISHING, error, 8.0 * 2.0**-52):
             return False
         if self.polished or self.nfev >= self.solver.max_nfev or not converged:
             return None
-        step = -back
+        step = -lin.back
         r_new, cost_new = self._evaluate(self.x + step)
-        noise = 8.0 * 2.0**-52 * (self.cost + rnorm * scaled_norm(self.x, lin.norms))
+        noise = 8.0 * 2.0**-52 * (self.cost + rnorm * scaled_norm(self.x, lin.weights))
         accepted = cost_new <= self.cost + noise
         ratio = (self.cost - cost_new) / predicted if predicted > 0.0 else 1.0
         if accepted:
             self.trail = ((self.x, step),)
             self.x, self.r, self.cost = self.x + step, r_new, cost_new
             self.nit += 1
-            self.polished, self.rate = 1, length / self.history[-1].length
+            self.polished, self.rate = 1, math.sqrt(lin.square) / self.history[-1].length
         self.length = change
-        self.history.append(
-            Iteration(
-                self.nfev,
-                self.nit,
-                self.cost,
-                accepted,
-                ratio,
-                *self.damping[:2],
-                change,
-                True,
-                False,
-            )
-        )
+        self._record(accepted, ratio, change, True)
         return accepted
 
-    def _differences_show(self, lin: Linearisation, x: Vector, error: float) -> bool:
+    def _differences_show(self, lin: Linearisation, x: Vector, D: Vector, noise: float) -> bool:
         """Whether the general solver may want central differences; see `_lm`."""
-        pivot = min([v / Dj for v, Dj in zip(lin.pivots, lin.D)]) ** 2
-        smallest = min([abs(xj) * Dj for xj, Dj in zip(x, lin.D)])
-        noise = error * difference_share(self.r.shape[0])
-        return noise > DIFFERENCE_ERROR * pivot * smallest
+        pivot = min([v / Dj for v, Dj in zip(lin.pivots, D)]) ** 2
+        smallest = min([abs(xj) * Dj for xj, Dj in zip(x, D)])
+        return noise * difference_share(self.r.shape[0]) > DIFFERENCE_ERROR * pivot * smallest
 
-    def _state(self, point: Point | None = None, status: int | None = None) -> LMState:
-        """The state in the solver's terms, with the linearisation if there is one."""
+    def _general(self, J: Any) -> LMState:
+        """The state for the general solver, which is to take this J for its own."""
+        problem = self.problem
+        if problem.J is None and self.derivative is not None:
+            J = problem.taken(J, self.x, self.r)  # looks closely at the first one
+        problem.reuse(J)
+        return self._state(self.scale)
+
+    def _ended(self, J: np.ndarray, lin: Linearisation, status: int) -> LMState:
+        """The final state, with the linearisation in the solver's terms."""
+        self.limit = self.limit or self.solver.gtol
+        D, norms = np.sqrt(lin.squares), np.sqrt(lin.weights)
+        sub = NormalEquations(np, lin.G, lin.gradient, Rows(np, J, self.r), norms)
+        return self._state(lin.squares, status, Point(self.r, sub, D, 1.0 / D, None))
+
+    def _state(
+        self, squares: Vector | None, status: int | None = None, point: Point | None = None
+    ) -> LMState:
+        """The state in the solver's terms."""
         return LMState(
             self.x,
             self.cost,
-            None if self.scale is None else np.array(self.scale),
+            None if squares is None else np.sqrt(squares),
             self.damping,
             self.nfev,
             self.njev,
@@ -412,21 +423,3 @@ class Descent:
             status=status,
             point=point or Point(self.r),
         )
-
-    def _general(self, J: np.ndarray, lin: Linearisation) -> LMState:
-        """The state for the general solver, linearised."""
-        if not lin.steepest < math.inf:
-            self.problem.reuse(J)
-            self.njev -= 1  # the general solver counts it again
-            return self._state()
-        return self._state(self._point(J, lin))
-
-    def _ended(self, J: np.ndarray, lin: Linearisation, status: int) -> LMState:
-        self.limit = self.limit or self.solver.gtol
-        return self._state(self._point(J, lin), status)
-
-    def _point(self, J: np.ndarray, lin: Linearisation) -> Point:
-        """The linearisation in the solver's terms."""
-        D = np.array(lin.D)
-        sub = NormalEquations(np, lin.G, lin.gradient, Rows(np, J, self.r), np.array(lin.norms))
-        return Point(self.r, sub, D, 1.0 / D, None)

@@ -53,7 +53,10 @@ def is_numpy(xp: Namespace) -> bool:
 
 def array_namespace(*arrays: Array) -> Namespace:
     """Namespace shared by the arrays; NumPy for plain Python numbers and sequences."""
-    if all(type(a) is np.ndarray for a in arrays):
+    for a in arrays:
+        if type(a) is not np.ndarray:
+            break
+    else:
         return np
     known = [a for a in arrays if is_foreign(a)]
     if not known:
@@ -75,6 +78,8 @@ def is_foreign(a: object) -> bool:
 
 def is_cupynumeric(a: object) -> bool:
     """Whether ``a`` is a cuPyNumeric array, without importing cuPyNumeric."""
+    if "cupynumeric" not in sys.modules:
+        return False
     return type(a).__module__.partition(".")[0] == "cupynumeric"
 
 

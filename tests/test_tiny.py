@@ -12,6 +12,9 @@ from tests.problems import PROBLEMS
 from tests.tools import Counted
 
 SMALL = [(name, start) for name, start in CASES if load(name).n <= PARAMETERS]
+#: Rounding turns the long way of the first three this way or that; the last trial of Misra1c
+#: gains 1e-15 of a cost of 0.02, and rounding accepts it or not.
+ROUNDED = ("Lanczos1", "Lanczos2", "Lanczos3", "Misra1c")
 RNG = np.random.default_rng(4)
 
 
@@ -56,7 +59,7 @@ def assert_same(floats, arrays):
 def test_nist(both, name, start):
     p = load(name)
     floats, arrays = both(p.fun, p.starts[start], p.jac)
-    if "Lanczos" not in name:  # rounding turns their long way this way or that
+    if name not in ROUNDED:
         assert_same(floats, arrays)
     np.testing.assert_allclose(floats[0].x, arrays[0].x, rtol=1e-10)
 
@@ -111,21 +114,23 @@ def test_a_jacobian_that_is_sparse_goes_over_and_is_not_asked_for_twice(both):
 def linearisation():
     J = RNG.standard_normal((8, 5)) * [1.0, 10.0, 1e-3, 1.0, 5.0]
     lin = Linearisation(J, RNG.standard_normal(8), None, np.ones(5))
-    assert lin.gauss_newton() is not None
+    assert lin.sound
     return lin
 
 
 @pytest.mark.parametrize("share", [1e-4, 0.1, 0.5])
 def test_damped_steps_have_the_length_of_the_radius(linearisation, share):
-    radius = share * linearisation.newton.length
+    radius = share * np.sqrt(linearisation.square)
     trial = linearisation.within(radius)
-    p, D, G, g = -trial.back, np.array(linearisation.D), linearisation.G, linearisation.gradient
+    p, squares = -trial.back, np.array(linearisation.squares)
+    G, g = linearisation.G, linearisation.gradient
     assert (1 - SLACK) * radius <= trial.length <= radius * (1 + 1e-12)
-    assert trial.length == pytest.approx(np.linalg.norm(D * p))
+    assert trial.length == pytest.approx(np.sqrt(squares @ p**2))
     assert trial.slope == pytest.approx(p @ g)
     assert trial.predicted == pytest.approx(-p @ g - 0.5 * p @ G @ p, rel=1e-9)
-    expected = np.linalg.solve(G + trial.mu * np.diag(D**2), -g)
-    np.testing.assert_allclose(p, expected * trial.length / np.linalg.norm(D * expected), rtol=1e-9)
+    expected = np.linalg.solve(G + trial.mu * np.diag(squares), -g)
+    expected *= trial.length / np.sqrt(squares @ expected**2)
+    np.testing.assert_allclose(p, expected, rtol=1e-9)
 
 
 def test_an_undamped_step(linearisation):
@@ -139,4 +144,17 @@ def test_an_undamped_step(linearisation):
 @pytest.mark.parametrize("bad", [0.0, 1e-5, np.nan])
 def test_ill_conditioned_systems_are_left_to_the_general_solver(bad):
     J = np.array([[1.0, 1.0], [0.0, bad], [0.0, 0.0]])
-    assert Linearisation(J, np.ones(3), None, np.ones(2)).gauss_newton() is None
+    assert not Linearisation(J, np.ones(3), None, np.ones(2)).sound
+
+
+def test_a_jacobian_that_is_not_finite_is_told_at_x0_and_rejected_later():
+    def jac(x, calls=[]):  # noqa: B006
+        calls.append(x)
+        return np.array([[1.0], [np.nan if len(calls) > 1 else 1.0]])
+
+    with pytest.raises(ValueError, match="`jac` must be finite at `x0`, got 1 entries"):
+        least_squares(
+            lambda x: x - np.array([1.0, 2.0]), [0.0], lambda x: np.full((2, 1), [[1], [np.nan]])
+        )
+    result = least_squares(lambda x: np.array([x[0] - 1.0, x[0] ** 2]), [3.0], jac)
+    assert result.status == -3
