@@ -19,6 +19,7 @@ from lmsolve.torch._losses import from_loss, from_residual  # noqa: E402
 from lmsolve.torch._network import Batch, Network  # noqa: E402
 from lmsolve.torch._params import Parameters  # noqa: E402
 from lmsolve.torch._problem import NetworkProblem, Settings, block_sums  # noqa: E402
+from lmsolve.torch._products import GraphProducts, HeldProducts  # noqa: E402
 from lmsolve.torch._sums import NormalSums  # noqa: E402
 
 B = 24
@@ -361,6 +362,37 @@ def test_acceleration_is_the_second_order_part_of_the_geodesic() -> None:
         A = J.T @ J + 0.1 * torch.eye(len(x), dtype=x.dtype)
         exact = -0.5 * torch.linalg.solve(A, J.T @ r_pp)
         assert torch.allclose(sub.acceleration(p), exact, rtol=1e-2, atol=1e-2 * exact.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("memory", "kept", "held"),
+    [
+        (1 << 28, True, HeldProducts),
+        (1 << 16, False, HeldProducts),
+        (1 << 15, False, GraphProducts),
+    ],
+)
+def test_small_rows_of_shared_weights_stay_for_products(
+    memory: int, kept: bool, held: type[Any]
+) -> None:
+    """A convolution's activations, or its rows, fit into a quarter of the memory, or nothing."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 3, 3), nn.Tanh(), nn.MaxPool2d(3), nn.Flatten(), nn.Linear(27, 1)
+    images = torch.randn(B, 1, 11, 11)
+    network, batch, point = setup(nn.Sequential(*layers), images)
+    x = network.parameters.pack(network.module)
+    plan = choose(network, batch, point, memory // 4)
+    assert plan.way == "factors"
+    problem = NetworkProblem(network, batch, plan, Settings(memory=memory))
+    evaluated = problem.residual(x)
+    assert (evaluated.passes is not None) == kept
+    sub = problem._normal(x, evaluated.passes)
+    assert type(sub.products) is held
+    r, J = whole_jacobian(network, batch, point)
+    z, p = torch.randn_like(r), torch.randn_like(x)
+    assert close(sub.products.transposed(z), J.T @ z)
+    assert close(sub.products.product(p), J @ p)
+    assert close(sub.grad, J.T @ r)
 
 
 @pytest.mark.parametrize("name", ["tanh", "LSTM"])

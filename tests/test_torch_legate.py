@@ -197,6 +197,27 @@ def test_rows_that_are_not_kept_are_made_anew(out: int) -> None:
     assert problem.placed._rows == problem.placed._pending == {}
 
 
+def convolutions() -> nn.Module:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 3, 3), nn.Tanh(), nn.MaxPool2d(3), nn.Flatten(), nn.Linear(27, 1)
+    return nn.Sequential(*layers).double()
+
+
+@pytest.mark.legate
+@pytest.mark.parametrize(("memory", "kept"), [(1 << 28, True), (1 << 19, False)])
+def test_small_rows_of_shared_weights_stay_in_their_shards(memory: int, kept: bool) -> None:
+    torch.manual_seed(1)
+    data = torch.randn(121, 1, 11, 11).double(), torch.randn(121, 1).double()
+    assert_same(both(convolutions, data, memory=memory))
+    looked_at = session(convolutions(), data, memory=memory)
+    problem, x = looked_at.problem, looked_at.x
+    evaluated = problem.residual(x)
+    assert bool(problem.placed._pending) == kept
+    problem.linearize(x, evaluated)
+    shapes = [products.J.shape for _, (products, _) in problem.placed._rows.values()]
+    assert sorted(shapes) == [(60, x.numel()), (61, x.numel())]
+
+
 @pytest.mark.legate
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_wide_networks_share_out_the_kernel(decay: float) -> None:

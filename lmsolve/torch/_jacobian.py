@@ -126,6 +126,20 @@ def rows_of_pass(network: Network, found: _factors.Pass, dtype: torch.dtype) -> 
         yield r.reshape(-1), J.flatten(0, 1)
 
 
+def rows_of_passes(
+    network: Network,
+    passes: Sequence[_factors.Pending],
+    dtype: torch.dtype,
+    done: list[_factors.Pass] | None,
+) -> Iterator[Block]:
+    """Rows of forward passes, one after another; `done` keeps what they leave."""
+    for pending in passes:
+        found = pending.backward()
+        if done is not None:
+            done.append(found)
+        yield from rows_of_pass(network, found, dtype)
+
+
 def block_rows(n: int, dtype: torch.dtype) -> int:
     """Rows of J in one piece: the cache's worth, but not too few for the Gram product of n^2."""
     return max(_FEWEST_ROWS, _CACHE_BYTES // (n * dtype.itemsize), n // 2)

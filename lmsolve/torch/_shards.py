@@ -31,7 +31,7 @@ from ._factors import Factor, Pass, Pending
 from ._jacobian import Plan, Point
 from ._network import Batch, Network
 from ._params import flat
-from ._problem import HELD, Settings
+from ._problem import Settings, add_up, holds
 from ._products import FactorProducts, GraphProducts, HeldProducts
 from ._subproblems import AHEAD, Products, second_derivative
 from ._sums import DualKernel, NormalSums
@@ -108,6 +108,10 @@ class Placed:
     def keep_rows(self, index: int, x: np.ndarray, products: Products, r: Tensor) -> None:
         """Hold a linearisation's residuals, and products with its rows."""
         self._rows[index] = x, (products, r)
+
+    def drop_rows(self, index: int) -> None:
+        """Free what is held of the last linearisation."""
+        self._rows.pop(index, None)
 
     def rows(self, index: int, x: np.ndarray) -> tuple[Products, Tensor] | None:
         """What this process holds of the linearisation at x."""
@@ -273,21 +277,23 @@ class SumsJob(Job):
 
     def compute(self, here: Here, shard: Shard) -> float:
         """Rows in blocks, held only where they are few."""
-        sums = self.sums(here, shard)
+        self.placed.drop_rows(here.index)
+        sums, network, done = self.sums(here, shard), here.network, list[Pass]()
+        parameters, m = network.parameters, self.plan.k * here.batch.size
+        J = None
+        if holds(self.plan, self.settings, self.placed.shards * m, parameters, self.keeps):
+            J = sums.grad.new_empty((m, parameters.n), dtype=parameters.dtype)
         if self.keeps:
-            self._from_passes(here, sums)
-            return 0.0
-        n, itemsize = here.network.parameters.n, here.network.parameters.dtype.itemsize
-        size = self.plan.k * self.placed.batch.size * n * itemsize
-        few = size <= min(HELD, self.settings.memory // 4)
-        held: list[_jacobian.Block] = []
-        for r, J in _jacobian.stream(here.network, here.batch, here.point, self.plan):
-            sums.add(r, J)
-            if few:
-                held.append((r.clone(), J.clone()))
-        if few:
-            products = HeldProducts(torch.cat([J for _, J in held]))
-            self.placed.keep_rows(here.index, self.x, products, torch.cat([r for r, _ in held]))
+            kept = done if J is None else None
+            passes = self._pending(here)
+            blocks = _jacobian.rows_of_passes(network, passes, sums.block_dtype, kept)
+        else:
+            blocks = _jacobian.stream(network, here.batch, here.point, self.plan)
+        r = add_up(blocks, sums, J)
+        if J is not None:
+            self.placed.keep_rows(here.index, self.x, HeldProducts(J), r)
+        elif done:
+            self.placed.keep_rows(here.index, self.x, FactorProducts(done, parameters.offsets), r)
         return 0.0
 
     def sums(self, here: Here, shard: Shard) -> NormalSums:
@@ -295,15 +301,6 @@ class SumsJob(Job):
         n, row = here.network.parameters.n, self.zeros(shard)
         gram, grad = row[: n * n].view(n, n), row[n * n :]
         return NormalSums.into(gram, grad, self._block_dtype)
-
-    def _from_passes(self, here: Here, sums: NormalSums) -> None:
-        done = [pending.backward() for pending in self._pending(here)]
-        for found in done:
-            for r, J in _jacobian.rows_of_pass(here.network, found, sums.block_dtype):
-                sums.add(r, J)
-        products = FactorProducts(done, here.network.parameters.offsets)
-        r = torch.cat([found.rows.reshape(-1) for found in done])
-        self.placed.keep_rows(here.index, self.x, products, r)
 
     def _pending(self, here: Here) -> list[Pending]:
         found = self.placed.take_pending(here.index, self.x)
