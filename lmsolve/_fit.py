@@ -378,6 +378,7 @@ class Fit:
             history=history,
             state=state,
         )
+        reduces = hasattr(problem, "curvature_rows")
         context = Context(
             m=getattr(problem, "m", None) or (r.shape[0] if is_array_r else 0),
             loss=getattr(problem, "loss", None),
@@ -389,6 +390,7 @@ class Fit:
             refit=partial(_refit, problem, self.xp, x, self.lb, self.ub, solver),
             names=self.names,
             rank=sub.rank() if hasattr(sub, "rank") else None,
+            reduced=partial(problem.curvature_rows, x, r, J) if reduces else None,
         )
         object.__setattr__(result, "_context", context)
         if self.complex_x or self.complex_r:

@@ -81,6 +81,11 @@ class Loss(NamedTuple):
         _, rho1, rho2 = self.rho(xp, z)
         return _root(xp, rho1 + 2 * rho2 * z, float(xp.finfo(r.dtype).eps))
 
+    def scores(self, xp: Namespace, r: Array) -> Array:
+        """Factors ``rho' r`` (m,) of the rows of J whose sum is the gradient of the cost."""
+        _, rho1, _ = self.rho(xp, (r / self.f_scale) ** 2)
+        return rho1 * r
+
 
 def _root(xp: Namespace, a: Array, floor: float) -> Array:
     """Square root of a (m,), entries below ``floor`` raised to it."""

@@ -198,6 +198,15 @@ class LocalSums:
             w, r = loss.weights(xp, r)
         return dense_subproblem(xp, J, r, w)
 
+    def curvature_rows(
+        self, J: Array, r: Array, loss: Loss | None
+    ) -> tuple[np.ndarray, np.ndarray | None] | None:
+        """Some rows (k, n) with the curvature of the cost, and its scores if there is a loss.
+
+        They stand for all m where those should not come to the host; None where they may.
+        """
+        return None
+
     def reserve(self, r: Array, n: int) -> None:
         """Raise MemoryError if a Jacobian by differences of residuals r (m,) would not fit."""
 
@@ -329,6 +338,12 @@ class Problem:
                 f"are unknown, got {type(J).__name__}: give None or sizes."
             )
         return _sparse.operator_subproblem(J, r, w, options)
+
+    def curvature_rows(
+        self, x: Array, r: Array, J: Any
+    ) -> tuple[np.ndarray, np.ndarray | None] | None:
+        """See LocalSums, at x (n,) with residuals r (m,)."""
+        return self.sums.curvature_rows(J, r, self.loss)
 
     def derivative_error(self) -> float:
         """Relative error of the Jacobian's entries to expect from the way it is made."""

@@ -30,6 +30,9 @@ class Context:
     names: Sequence[str] | None = None
     absolute_sigma: bool = False
     rank: int | None = None
+    #: See LocalSums.curvature_rows; what it gave is kept.
+    reduced: Callable[[], tuple[np.ndarray, np.ndarray | None] | None] | None = None
+    curvature: Curvature | None = None
 
 
 class LeastSquaresResult(OptimizeResult):  # type: ignore[misc]  # SciPy has no types
@@ -239,6 +242,14 @@ class LeastSquaresResult(OptimizeResult):  # type: ignore[misc]  # SciPy has no 
     def _curvature(self) -> Curvature:
         """Rows, weights and counts at the solution, on the host."""
         context = self._known()
+        if context.curvature is not None:
+            return context.curvature
+        found = None if context.reduced is None else context.reduced()
+        if found is not None:
+            rows, raw = found
+            ones = None if raw is None else np.ones(raw.shape[0])
+            context.curvature = Curvature(rows, None, context.m, self.cost, context.held, ones, raw)
+            return context.curvature
         J, gram = self.jac, context.gram
         if J is None and gram is None:
             raise ValueError("The result has no Jacobian: the covariance is not known.")
@@ -249,8 +260,7 @@ class LeastSquaresResult(OptimizeResult):  # type: ignore[misc]  # SciPy has no 
         scores = raw = None
         if context.loss is not None and self.fun is not None and J is not None:
             r = to_numpy(self.fun) if is_numpy(context.xp) else self.fun
-            w, r_w = context.loss.weights(context.xp, r)
-            raw, scores = J, to_numpy(w) * to_numpy(r_w)
+            raw, scores = J, to_numpy(context.loss.scores(context.xp, r))
             w = to_numpy(context.loss.curvature_weights(context.xp, r))
             J = J.multiply(w[:, None]) if hasattr(J, "tocsr") else J * w[:, None]
         return Curvature(

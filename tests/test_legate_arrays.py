@@ -281,6 +281,53 @@ def test_one_transfer_per_trial_of_a_size_that_m_does_not_change(
     assert totals[0] == totals[1]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"loss": "soft_l1", "f_scale": 0.1},
+        {"loss": lambda z: (np.log1p(z), 1.0 / (1.0 + z), -1.0 / (1.0 + z) ** 2)},
+        {"bounds": ([0.0, 0.0, 0.0], [2.0, 9.0, 9.0])},
+    ],
+    ids=["plain", "robust", "own loss", "bounded"],
+)
+def test_covariance_takes_nothing_of_the_length_of_m_to_the_host(
+    xp: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    stacked = dict(options)
+    if callable(options.get("loss")):
+        own, options = options["loss"], {"loss": lambda z: np.stack(own(z))}
+        stacked = {"loss": lambda z: xp.stack(own(z))}
+    fun, jac = long_decay(xp, 3_000)
+    whole, rows = long_decay(np, 3_000)
+    result = least_squares(fun, xp.array(X0), jac, backend="cupynumeric", **stacked)
+    expected = least_squares(whole, X0, rows, **options)
+    transfers = Transfers(xp, monkeypatch)
+    covariance, errors = result.covariance(), result.standard_errors()
+    assert len(transfers.sizes) == (2 if "loss" in options else 1)
+    assert max(transfers.sizes) <= 8 * 2 * 16  # a triangle (n + 1, n + 1) for each of 2 shards
+    np.testing.assert_allclose(covariance, expected.covariance(), rtol=1e-8)
+    np.testing.assert_allclose(errors, expected.standard_errors(), rtol=1e-8)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_certified_standard_errors_of_arrays(xp: Any, name: str) -> None:
+    nist = load(name)
+    result = least_squares(
+        lambda x: xp.array(nist.fun(np.asarray(x))),
+        xp.array(nist.starts[1]),
+        lambda x: xp.array(nist.jac(np.asarray(x))),
+        backend="cupynumeric",
+    )
+    expected = least_squares(nist.fun, nist.starts[1], nist.jac)
+    # Of residuals of unit variance: those of Lanczos1 are rounding errors of the data.
+    np.testing.assert_allclose(
+        result.standard_errors(absolute_sigma=True),
+        expected.standard_errors(absolute_sigma=True),
+        rtol=1e-6,
+    )
+
+
 @pytest.mark.parametrize("loss", ["linear", "cauchy"])
 def test_streams_of_many_blocks_are_summed_exactly(xp: Any, loss: str) -> None:
     fun, jac = long_decay(xp, 4_001, blocks=7)

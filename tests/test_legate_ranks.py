@@ -68,7 +68,12 @@ def test_two_ranks_fit_as_one_process_does(found: list[dict[str, Any]]) -> None:
     np.testing.assert_allclose(found[0]["fitted"]["x"], expected.x, rtol=1e-12)
     assert float.fromhex(found[0]["fitted"]["cost"]) == pytest.approx(expected.cost, rel=1e-13)
     robust = least_squares(residual, X0, jacobian, args=(T, Y), loss="huber", f_scale=0.01)
-    np.testing.assert_allclose(found[0]["fitted_from_host_data"]["x"], robust.x, rtol=1e-6)
+    one = found[0]["fitted_from_host_data"]
+    np.testing.assert_allclose(one["x"], robust.x, rtol=1e-6)
+    there = least_squares(
+        residual, X0, jacobian, args=(T, Y), loss="huber", f_scale=0.01, max_nfev=12
+    )
+    np.testing.assert_allclose(one["covariance"], there.covariance(), rtol=1e-8)
 
 
 def test_arrays_of_two_ranks_fit_as_those_of_one_process(found: list[dict[str, Any]]) -> None:

@@ -127,6 +127,51 @@ def test_without_a_jacobian_the_tasks_take_differences(data: Any, loss: str) -> 
     assert result.nfev <= expected.nfev + 2
 
 
+@pytest.mark.parametrize("data", [hosts, residents])
+@pytest.mark.parametrize("loss", ["linear", "huber", "soft_l1", "cauchy", "arctan"])
+def test_covariance_is_that_of_numpy(data: Any, loss: str) -> None:
+    options = {"loss": loss, "f_scale": 0.01}
+    sharded = rows(residual, jacobian, n=3, data=data(), block_rows=100, **options)
+    result = least_squares(sharded, X0)
+    expected = reference(**options)
+    np.testing.assert_allclose(result.covariance(), expected.covariance(), rtol=1e-8)
+    for sandwich in (True, False):
+        np.testing.assert_allclose(
+            result.covariance(sandwich=sandwich), expected.covariance(sandwich=sandwich), rtol=1e-8
+        )
+    assert result.rank == 3
+    assert "std. error" in result.summary()
+
+
+def test_covariance_of_held_parameters_and_of_float32() -> None:
+    options = {"loss": "soft_l1", "f_scale": 0.01}
+    fixed = [False, True, False]
+    held = least_squares(rows(residual, jacobian, n=3, data=hosts(), **options), X0, fixed=fixed)
+    expected = reference(fixed=fixed, **options)
+    np.testing.assert_allclose(held.covariance(), expected.covariance(), rtol=1e-8)
+    single = least_squares(rows(residual, jacobian, n=3, data=hosts(), **options), X0.astype("f4"))
+    assert single.x.dtype == np.float32
+    np.testing.assert_allclose(single.covariance(), reference(**options).covariance(), rtol=1e-3)
+
+
+def test_degrees_of_freedom_count_the_residuals_of_every_row() -> None:
+    def fun(x: Any, t: Any, y: Any) -> Any:
+        r = residual(x, t, y)
+        return np.stack([r, 0.1 * (x[0] * t - y)], axis=1)
+
+    def jac(x: Any, t: Any, y: Any) -> Any:
+        J = np.zeros((len(t), 2, 3))
+        J[:, 0], J[:, 1, 0] = jacobian(x, t, y), 0.1 * t
+        return J
+
+    result = least_squares(rows(fun, jac, n=3, data=hosts()), X0)
+    expected = least_squares(
+        lambda x: fun(x, T, Y).ravel(), X0, lambda x: jac(x, T, Y).reshape(-1, 3)
+    )
+    assert result.uncertainty().dof == expected.uncertainty().dof == 2 * len(T) - 3
+    np.testing.assert_allclose(result.covariance(), expected.covariance(), rtol=1e-8)
+
+
 def test_differences_become_central_where_a_fit_needs_it() -> None:
     nist = load("Hahn1")  # certified to more digits than one-sided differences give
 

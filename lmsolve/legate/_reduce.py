@@ -5,19 +5,19 @@ point a shard returns its part of the cost, one number. At an accepted point it 
 (n, n) and ``J'r`` (n,) of its rows, and those are added up over the shards. So the host gets one
 number per shard and trial, and n^2 + n numbers per accepted step.
 
-Where the sums turn out ill-conditioned, the triangular factor of the rows takes their place: each
-shard reduces its own rows ``[J, r]`` to one triangle (n + 1, n + 1), and those are stacked and
-reduced on the host, which keeps all the accuracy (Demmel, Grigori, Hoemmen, Langou 2012, section
-3: the parallel tall-skinny QR).
+Where the sums turn out ill-conditioned, and for standard errors, the triangular factor of the rows
+takes their place: each shard reduces its own rows ``[J, r]`` to one triangle (n + 1, n + 1), and
+those are stacked and reduced on the host, which keeps all the accuracy (Demmel, Grigori, Hoemmen,
+Langou 2012, section 3: the parallel tall-skinny QR).
 """
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 import numpy as np
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from . import _tasks
 
 
+#: Of a loss: (loss, xp, r) -> factors (b,) of the rows of J with residuals r (b,).
+Factors: TypeAlias = Callable[[Loss, Namespace, Array], Array]
 #: Elements of a block of J: 8 MB of float64, small enough for a core's cache to help.
 BLOCK = 2**20
 
@@ -67,8 +69,8 @@ class Functions(Protocol):
         """0-d cost of the block."""
         ...
 
-    def linear(self, x: Array, block: tuple[Any, ...], b: int) -> tuple[Array, Array]:
-        """r (b * k,) and J (b * k, n) of the block, weighted by the loss."""
+    def linear(self, x: Array, block: tuple[Any, ...], b: int) -> tuple[Array, Array, Loss | None]:
+        """r (b * k,) and J (b * k, n) of the block, and the loss that is to weigh them."""
         ...
 
 
@@ -80,6 +82,7 @@ class RowSums:
 
         self.functions = functions
         self.tasks = _tasks
+        self.m = 0  # residuals of the last sums: a row of data may have several
         self._tables: dict[int, _tasks.Table] = {}
 
     def layout(self, m: int, data: tuple[Array, ...]) -> Layout:
@@ -95,20 +98,35 @@ class RowSums:
         """The sums of J at x (n,): one launch, one read of n^2 + n numbers."""
         n = self.functions.n
         place = self.place(layout, n * (n + 1), "The sums J'J")
-        self._launch(SumsJob(self.functions, layout, x, place))
+        counts = self._launch(SumsJob(self.functions, layout, x, place))
+        self.m = int(counts[:, 0].sum())
         sums = place.total().astype(x.dtype, copy=False)
         gram, grad = sums[: n * n].reshape(n, n), sums[n * n :]
         rows = ReducedRows(self, layout, np.array(x))
         return LegateNormalEquations(np, gram, grad, cast(Rows, rows))
 
-    def triangle(self, layout: Layout, x: np.ndarray) -> np.ndarray:
-        """Triangular factor (n + 1, n + 1) of ``[J, r]`` at x (n,): one launch, one read."""
+    def triangle(self, layout: Layout, x: np.ndarray, factors: Factors | None = None) -> np.ndarray:
+        """Triangular factor (n + 1, n + 1) of ``[J, r]`` at x (n,): one launch, one read.
+
+        With a loss its rows are weighted by that, or by the factors.
+        """
         n1 = self.functions.n + 1
         place = self.place(layout, n1**2, "The triangular factors")
-        self._launch(TriangleJob(self.functions, layout, x, place))
+        self._launch(TriangleJob(self.functions, layout, x, place, factors))
         stacked = place.read().reshape(layout.shards * n1, n1)
         factor: np.ndarray = np.linalg.qr(stacked, mode="r")  # type: ignore[assignment]
         return factor.astype(x.dtype, copy=False)
+
+    def curvature_rows(
+        self, layout: Layout, x: np.ndarray, robust: bool
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Rows (n + 1, n) with the curvature of the cost at x (n,), and its scores if robust.
+
+        In float64, whatever the dtype of x.
+        """
+        x = x.astype(float)
+        rows = self.triangle(layout, x, Loss.curvature_weights)[:, :-1]
+        return rows, self.triangle(layout, x, Loss.scores)[:, :-1] if robust else None
 
     def place(self, layout: Layout, size: int, what: str) -> _tasks.Table | _tasks.HostRows:
         """Where the shards write ``size`` numbers each; MemoryError if there is no room."""
@@ -263,28 +281,56 @@ class SumsJob(RowJob):
 
     def _evaluate(self, x: Array, shard: _tasks.Shard) -> float:
         sums = self._functions.blocks.sums(self.place.row(shard), shard.stream)
-        self._add(sums, x, shard)
+        count = self._add(sums, x, shard)
         sums.finish()
-        return 0.0
+        return count
 
-    def _add(self, sums: Any, x: Array, shard: _tasks.Shard) -> None:
+    def _add(self, sums: Any, x: Array, shard: _tasks.Shard) -> int:
+        """Add the rows of the shard; their number."""
+        count = 0
         for block, b in self._blocks(shard):
-            r, J = self._functions.linear(x, block, b)
+            r, J, loss = self._functions.linear(x, block, b)
+            if loss is not None:
+                w, r = loss.weights(array_namespace(r), r)
+                J = J * w[:, None]
             sums.add(J, r)
+            count += r.shape[0]
+        return count
 
 
 class TriangleJob(RowJob):
     """The triangular factor of a shard's rows, with rows of zeros below if it has few."""
 
+    def __init__(
+        self,
+        functions: Functions,
+        layout: Layout,
+        x: np.ndarray,
+        place: Any,
+        factors: Factors | None,
+    ) -> None:
+        super().__init__(functions, layout, x, place)
+        self._factors = factors
+
     def _evaluate(self, x: Array, shard: _tasks.Shard) -> float:
         blocks = self._functions.blocks
         R = None
         for block, b in self._blocks(shard):
-            r, J = self._functions.linear(x, block, b)
+            r, J, loss = self._functions.linear(x, block, b)
+            if loss is not None:
+                J, r = self._weighted(loss, J, r)
             R = blocks.triangle(R, J, r)
         assert R is not None
         blocks.write(self.place.row(shard), R)
         return 0.0
+
+    def _weighted(self, loss: Loss, J: Array, r: Array) -> tuple[Array, Array]:
+        xp = array_namespace(r)
+        if self._factors is None:
+            w, r = loss.weights(xp, r)
+        else:
+            w = self._factors(loss, xp, r)
+        return J * w[:, None], r
 
 
 def checksum(x: np.ndarray) -> float:

@@ -155,6 +155,11 @@ class RowProblem:
         self.layout = self._sums.layout(m, data)
 
     @property
+    def loss(self) -> Loss | None:
+        """The loss of the residuals, if they have one."""
+        return self.functions.loss
+
+    @property
     def precision(self) -> float:
         """Unit round-off of the residuals."""
         return float(np.finfo(self.functions.blocks.dtype).eps)
@@ -178,7 +183,15 @@ class RowProblem:
     def linearize(self, x: np.ndarray, r: Evaluated | None = None) -> NormalEquations:
         """The sums of J at x (n,): one launch, one read of n^2 + n numbers."""
         self.njev += 1
-        return self._sums.subproblem(self.layout, x)
+        found = self._sums.subproblem(self.layout, x)
+        self.m = self._sums.m
+        return found
+
+    def curvature_rows(
+        self, x: np.ndarray, r: Evaluated, J: None
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """See `RowSums`: a launch and a read, two with a loss."""
+        return self._sums.curvature_rows(self.layout, x, self.functions.loss is not None)
 
     def derivative_error(self) -> float:
         """Relative error of the Jacobian's entries to expect from the way it is made."""
@@ -213,14 +226,11 @@ class BlockFunctions:
         """0-d cost of a block of b rows, summed in float64."""
         return cost_of(self._residual(x, block, b), self.loss)
 
-    def linear(self, x: Array, block: tuple[Any, ...], b: int) -> tuple[Array, Array]:
-        """r (b * k,) and J (b * k, n) of a block of b rows, weighted by the loss."""
+    def linear(self, x: Array, block: tuple[Any, ...], b: int) -> tuple[Array, Array, Loss | None]:
+        """r (b * k,) and J (b * k, n) of a block of b rows, and the loss."""
         _, jac = self.blocks.functions(self._functions)
         r, J = self._differenced(x, block, b) if jac is None else self._exact(jac, x, block, b)
-        if self.loss is None:
-            return r, J
-        w, r = self.loss.weights(array_namespace(r), r)
-        return r, J * w[:, None]
+        return r, J, self.loss
 
     def derivative_error(self) -> float:
         """See RowProblem."""

@@ -71,6 +71,16 @@ class ShardedSums(LocalSums):
         sums = self.reductions(n, loss)
         return sums.subproblem(sums.layout(m, (J, *parts(r, loss))), np.zeros(1, dtype=r.dtype))
 
+    def curvature_rows(
+        self, J: Array, r: Array, loss: Loss | None
+    ) -> tuple[np.ndarray, np.ndarray | None] | None:
+        """Of J (m, n) that stayed in Legate's memory: a launch and a read, two with a loss."""
+        if not is_cupynumeric(J):
+            return None
+        m, n = J.shape
+        sums = self.reductions(n, loss)
+        return sums.curvature_rows(sums.layout(m, (J, *parts(r, loss))), NOWHERE, loss is not None)
+
     def reserve(self, r: Array, n: int) -> None:
         """Raise MemoryError if a Jacobian by differences of residuals r (m,) would not fit."""
         if is_cupynumeric(r):
@@ -137,14 +147,10 @@ class ArrayFunctions:
         r, *values = block
         return cost_of(r, self._known(values))
 
-    def linear(self, x: Array, block: tuple[Any, ...], b: int) -> tuple[Array, Array]:
-        """r (b,) and J (b, n) of a block, weighted by the loss."""
+    def linear(self, x: Array, block: tuple[Any, ...], b: int) -> tuple[Array, Array, Loss | None]:
+        """r (b,) and J (b, n) of a block, and the loss."""
         J, r, *values = block
-        loss = self._known(values)
-        if loss is None:
-            return r, J
-        w, r = loss.weights(array_namespace(r), r)
-        return r, J * w[:, None]
+        return r, J, self._known(values)
 
     def _known(self, values: Sequence[Array]) -> Loss | None:
         """The loss, with its values where those are given."""
@@ -257,8 +263,7 @@ class _KeptSums(SumsJob):
         if shard.index not in rows:
             row = np.empty((1, n * n + n))
             rows[shard.index] = row, self._functions.blocks.sums(row, shard.stream)
-        self._add(rows[shard.index][1], x, shard)
-        return 0.0
+        return self._add(rows[shard.index][1], x, shard)
 
 
 class ShardedBlockCosts(BlockCosts):

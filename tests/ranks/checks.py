@@ -40,7 +40,12 @@ def fitted_from_host_data() -> dict[str, Any]:
     """Robust, on host data that each rank reads by itself."""
     sharded = rows(residual, jacobian, n=3, data=(T, Y), loss="huber", f_scale=0.01)
     result = least_squares(sharded, X0, max_nfev=12)
-    return {"x": result.x.tolist(), "bits": result.x.tobytes().hex()}
+    covariance = result.covariance()
+    return {
+        "x": result.x.tolist(),
+        "bits": result.x.tobytes().hex() + covariance.tobytes().hex(),
+        "covariance": covariance.tolist(),
+    }
 
 
 def fitted_by_torch() -> dict[str, Any]:
