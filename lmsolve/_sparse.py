@@ -10,7 +10,6 @@ large scale optimization").
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -96,24 +95,14 @@ class SparseNormalEquations:
     """
 
     def __init__(self, A: Any, r: np.ndarray, memory: dict[str, Any]) -> None:
-        from scipy.sparse import csr_array
-
         self._A, self._r = A, r
-        At = _schur.remembered(A, memory, "transposed", _schur.transposition)
-        At = csr_array((A.data[At.data], At.indices, At.indptr), At.shape)
-        self.grad = At @ r
-        self._gram = csr_array(At @ A)
-        self._gram.sort_indices()
-        self._rows = np.repeat(np.arange(self._gram.shape[0]), np.diff(self._gram.indptr))
-        self.norms = np.sqrt(self._gram.diagonal())
+        self.grad = A.T @ r
+        squares = np.bincount(A.indices, A.data * A.data, A.shape[1])
+        self.norms: Any = np.sqrt(squares).astype(A.dtype, copy=False)
         self.escalated = False
         self.pivot = 0.0
         self._factor: Any = None
-        blocks = _schur.remembered(A, memory, "blocks", _schur.partition)
-        self._structure = None
-        if blocks is not None:
-            place = partial(_schur.layout, p=blocks)
-            self._structure = _schur.remembered(self._gram, memory, "layout", place)
+        self._layout = _schur.remembered(A, memory, "layout", _schur.layout)
         self._d: np.ndarray | None = None
         self._scaled: Any = None
 
@@ -128,7 +117,7 @@ class SparseNormalEquations:
         """Factor of the scaled, damped normal matrix."""
         if self._d is not d:
             self._d, self._scaled = d, self._scale(d)
-        if self._structure is not None:
+        if self._layout is not None:
             return _schur.SchurComplement(self._scaled, mu)
         return SparseCholesky(self._scaled, mu)
 
@@ -138,20 +127,21 @@ class SparseNormalEquations:
         self.pivot = self._factor.pivot
         if not self.pivot > np.finfo(d.dtype).eps:
             raise LinAlgError("the sparse normal equations are not positive definite")
-        grad = self.grad if start is None else self.grad + self._gram @ start
+        grad = self.grad if start is None else self.grad + self._A.T @ (self._A @ start)
         return -d * self._factor.solve(d * grad)
 
     def _scale(self, d: np.ndarray) -> Any:
         """The scaled normal matrix as the factorisation takes it; held columns get a unit."""
-        from scipy.sparse import csc_array
+        from scipy.sparse import csr_array, diags_array
 
-        G = self._gram
-        data = G.data * d[self._rows] * d[G.indices]
-        if not d.all():
-            data[(self._rows == G.indices) & (d[G.indices] == 0)] = 1.0
-        if self._structure is not None:
-            return _schur.Eliminated(data, self._structure)
-        return csc_array((data, G.indices, G.indptr), shape=G.shape)  # symmetric: CSR is CSC
+        A = self._A
+        data = A.data * d[A.indices]
+        held = None if d.all() else d == 0
+        if self._layout is not None:
+            return _schur.Eliminated(data, self._layout, held)
+        scaled = csr_array((data, A.indices, A.indptr), shape=A.shape)
+        gram = scaled.T @ scaled
+        return gram if held is None else gram + diags_array(held.astype(d.dtype))
 
     def secular(self, p: np.ndarray, d: np.ndarray) -> float:
         """``q' (A + mu I)^-1 q`` for the step p of the last solve."""

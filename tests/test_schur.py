@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from scipy.sparse import block_diag, csr_array, hstack
+from scipy.sparse import block_diag, csr_array, hstack, vstack
 
 from lmsolve import _schur, least_squares
 
@@ -36,27 +36,34 @@ def test_no_partition_of_a_band():
 
 
 @pytest.mark.parametrize("mu", [0.0, 0.3])
-@pytest.mark.parametrize("dense_entries", [0, 10**7])
-def test_solves_like_a_dense_factorisation(monkeypatch, mu, dense_entries):
-    monkeypatch.setattr(_schur, "DENSE_ENTRIES", dense_entries)
+@pytest.mark.parametrize("kinds", [0, 1000])
+@pytest.mark.parametrize("held", [None, [2, 40, 41]])
+@pytest.mark.parametrize("lonely", [False, True])
+def test_solves_like_a_dense_factorisation(monkeypatch, mu, kinds, held, lonely):
+    monkeypatch.setattr(_schur, "KINDS", kinds)
     monkeypatch.setattr(_schur, "CHUNK", 30)
     A = jacobian()
-    gram = csr_array(A.T @ A)
-    gram.sort_indices()
-    s = _schur.layout(gram, _schur.partition(A))
-    factor = _schur.SchurComplement(_schur.Eliminated(gram.data, s), mu)
+    if lonely:  # rows of no block first, between and last, and an empty one
+        alone = csr_array(hstack([RNG.standard_normal((3, 5)), csr_array((3, A.shape[1] - 5))]))
+        A = csr_array(vstack([alone, A[:50], csr_array((1, A.shape[1])), A[50:], 2 * alone]))
+    gram = (A.T @ A).toarray()
+    mask = None
+    if held is not None:
+        mask = np.isin(np.arange(A.shape[1]), held)
+        A = csr_array(A.multiply(np.where(mask, 0.0, 1.0)))
+        gram = (A.T @ A).toarray() + np.diag(mask.astype(float))
+    layout = _schur.layout(A)
+    factor = _schur.SchurComplement(_schur.Eliminated(A.data, layout, mask), mu)
     b = RNG.standard_normal(A.shape[1])
-    expected = np.linalg.solve(gram.toarray() + mu * np.eye(A.shape[1]), b)
+    expected = np.linalg.solve(gram + mu * np.eye(A.shape[1]), b)
     np.testing.assert_allclose(factor.solve(b), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_an_indefinite_matrix_is_refused():
     A = jacobian()
-    gram = csr_array(A.T @ A)
-    gram.sort_indices()
-    s = _schur.layout(gram, _schur.partition(A))
+    matrix = _schur.Eliminated(A.data, _schur.layout(A))
     with pytest.raises(np.linalg.LinAlgError):
-        _schur.SchurComplement(_schur.Eliminated(gram.data, s), -1e6)
+        _schur.SchurComplement(matrix, -1e6)
 
 
 def test_least_squares_takes_it_and_agrees_with_the_dense_fit():
