@@ -399,6 +399,7 @@ class Fit:
 
     def _to_complex(self, result: LeastSquaresResult) -> None:
         """x, fun, jac and grad of a result put back into complex form."""
+        result._known().real = (result.jac, result.fun)
         result.fun = _complex.join(result.fun)
         if result.jac is not None:
             result.jac = _complex.complex_jacobian(result.jac, self.complex_x)

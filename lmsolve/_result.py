@@ -30,6 +30,8 @@ class Context:
     names: Sequence[str] | None = None
     absolute_sigma: bool = False
     rank: int | None = None
+    #: Jacobian and residuals of the real problem where those of the result are complex.
+    real: tuple[Any, Any] | None = None
     #: See LocalSums.curvature_rows; what it gave is kept.
     reduced: Callable[[], tuple[np.ndarray, np.ndarray | None] | None] | None = None
     curvature: Curvature | None = None
@@ -131,7 +133,8 @@ class LeastSquaresResult(OptimizeResult):  # type: ignore[misc]  # SciPy has no 
         Returns
         -------
         ndarray, shape (n, n)
-            Covariance; zero for held parameters, infinite for undetermined ones.
+            Covariance; zero for held parameters, infinite for undetermined ones. Of complex
+            parameters (2 n, 2 n): their real parts, then the imaginary ones.
         """
         return self.uncertainty(absolute_sigma=absolute_sigma, sandwich=sandwich).covariance
 
@@ -187,7 +190,8 @@ class LeastSquaresResult(OptimizeResult):  # type: ignore[misc]  # SciPy has no 
         u = self.uncertainty(sandwich=None if method == "linear" else False)
         dof = 1e15 if context.absolute_sigma else u.dof
         quantile = float(stdtrit(dof, 0.5 + 0.5 * level)) if dof > 0 else math.inf
-        x = to_numpy(self.x).astype(float)
+        x = to_numpy(self.x)
+        x = np.concatenate([x.real, x.imag]) if np.iscomplexobj(x) else x.astype(float)
         if method == "linear" or not math.isfinite(quantile):
             half = quantile * u.stderr
             return np.stack([x - half, x + half], axis=1)
@@ -250,7 +254,8 @@ class LeastSquaresResult(OptimizeResult):  # type: ignore[misc]  # SciPy has no 
             ones = None if raw is None else np.ones(raw.shape[0])
             context.curvature = Curvature(rows, None, context.m, self.cost, context.held, ones, raw)
             return context.curvature
-        J, gram = self.jac, context.gram
+        J, fun = (self.jac, self.fun) if context.real is None else context.real
+        gram = context.gram
         if J is None and gram is None:
             raise ValueError("The result has no Jacobian: the covariance is not known.")
         if J is not None and hasattr(J, "rmatvec") and not hasattr(J, "tocsr"):
@@ -258,8 +263,8 @@ class LeastSquaresResult(OptimizeResult):  # type: ignore[misc]  # SciPy has no 
         if J is not None and not hasattr(J, "tocsr"):
             J = to_numpy(J)
         scores = raw = None
-        if context.loss is not None and self.fun is not None and J is not None:
-            r = to_numpy(self.fun) if is_numpy(context.xp) else self.fun
+        if context.loss is not None and fun is not None and J is not None:
+            r = to_numpy(fun) if is_numpy(context.xp) else fun
             raw, scores = J, to_numpy(context.loss.scores(context.xp, r))
             w = to_numpy(context.loss.curvature_weights(context.xp, r))
             J = J.multiply(w[:, None]) if hasattr(J, "tocsr") else J * w[:, None]

@@ -136,6 +136,34 @@ def test_sandwich(loss):
     np.testing.assert_allclose(plain.covariance, H * 2 * result.cost / 37, rtol=1e-8)
 
 
+@pytest.mark.parametrize("loss", ["linear", "soft_l1"])
+@pytest.mark.parametrize("complex_x", [True, False])
+def test_complex_fits_have_the_covariance_of_their_real_parts(complex_x, loss):
+    t = np.linspace(0, 2, 25)
+    noise = 0.01 * np.random.default_rng(8).standard_normal((2, 25))
+    y = (2 - 1j) * np.exp(-(0.5 + 3j) * t) + noise[0] + 1j * noise[1]
+
+    def fun(z):
+        a, b = (z[0], z[1]) if complex_x else (z[0] + 1j * z[1], 0.5 + 1j * z[2])
+        return a * np.exp(-b * t) - y
+
+    def real(x):
+        r = fun(x[:2] + 1j * x[2:] if complex_x else x)
+        return np.concatenate([r.real, r.imag])
+
+    x0 = np.array([1.9, 0.4, -0.9, 2.9]) if complex_x else np.array([1.9, -0.9, 2.9])
+    options = {"loss": loss, "f_scale": 0.02}
+    result = least_squares(fun, x0[:2] + 1j * x0[2:] if complex_x else x0, "3-point", **options)
+    expected = least_squares(real, x0, "3-point", **options)
+    scale = np.sqrt(np.outer(*2 * [np.diagonal(expected.covariance())]))
+    np.testing.assert_allclose(
+        result.covariance() / scale, expected.covariance() / scale, atol=1e-6
+    )
+    np.testing.assert_allclose(
+        result.confidence_intervals(), expected.confidence_intervals(), rtol=1e-5
+    )
+
+
 def test_the_sandwich_matches_the_scatter_of_repeated_fits():
     rng = np.random.default_rng(5)
     t = np.linspace(0, 1, 60)
