@@ -24,6 +24,7 @@ from ._xp import (
     Namespace,
     array_namespace,
     copied,
+    is_complex,
     is_cupynumeric,
     is_numpy,
     sum_squares,
@@ -385,7 +386,10 @@ class Problem:
         if J is None:
             raise TypeError("`jac` must return the Jacobian, got None.")
         if is_numpy(self.xp):
-            J = J if is_cupynumeric(J) else as_jacobian(J, x.dtype)  # that one stays where it is
+            if not is_cupynumeric(J):  # that one stays where it is
+                J = as_jacobian(J, x.dtype)
+            elif is_complex(J):
+                raise _complex_jacobian()
         elif array_namespace(J) is not self.xp:
             raise TypeError(
                 f"`jac` must return an array of the library of `x0`, {self.xp.__name__}, "
@@ -547,8 +551,13 @@ def as_jacobian(J: Any, dtype: Any) -> Any:
     if a.dtype.kind == "O" or a.dtype.kind in "USV":
         raise TypeError(f"`jac` must return numbers, got an array of dtype {a.dtype}.")
     if a.dtype.kind == "c":
-        raise TypeError("`jac` must be real where `x0` and the residuals are real, got complex.")
+        raise _complex_jacobian()
     return a.astype(dtype, copy=False)
+
+
+def _complex_jacobian() -> TypeError:
+    """The error for a complex Jacobian of real residuals."""
+    return TypeError("`jac` must be real where `x0` and the residuals are real, got complex.")
 
 
 def wrong_shape(actual: Any, expected: tuple[int, int], where: str = "") -> ValueError:

@@ -281,6 +281,74 @@ def test_one_transfer_per_trial_of_a_size_that_m_does_not_change(
     assert totals[0] == totals[1]
 
 
+def complex_decay(xp: Any, m: int) -> tuple[Any, Any]:
+    """fun and jac of a decaying oscillation of m complex rows, and two complex parameters."""
+    t = xp.array(np.linspace(0.0, 2.0, m))
+    y = (2 - 1j) * xp.exp(-(0.5 + 3j) * t) + 0.01 * xp.exp(200j * t)
+
+    def jac(z: Any) -> Any:
+        e = xp.exp(-z[1] * t)
+        return xp.stack([e, -z[0] * t * e], axis=1)
+
+    return lambda z: z[0] * xp.exp(-z[1] * t) - y, jac
+
+
+Z0 = np.array([1.5 - 0.5j, 0.4 + 2.7j])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"loss": "soft_l1", "f_scale": 0.005}, {"jac": "2-point"}, {"jac": "3-point"}],
+    ids=str,
+)
+def test_complex_arrays_stay_where_they_are(
+    xp: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    totals = []
+    for m in (3_000, 30_000):
+        fun, jac = complex_decay(xp, m)
+        given = {"jac": jac, **options}
+        with monkeypatch.context() as patched:
+            transfers = Transfers(xp, patched)
+            result = least_squares(fun, xp.array(Z0), **given, backend="cupynumeric")
+        # Two sums for each column tell whether the halves of a central difference are unequal.
+        central = result.njev * 2 * 4 if given["jac"] == "3-point" else 0
+        assert len(transfers.sizes) <= result.nfev + result.njev + central + 3
+        assert max(transfers.sizes) < 700
+        totals.append((result.nfev, result.njev, sum(transfers.sizes)))
+        for name in ("x", "fun", "jac", "grad"):
+            assert isinstance(result[name], xp.ndarray), name
+            assert result[name].dtype == np.complex128
+        fun, jac = complex_decay(np, m)
+        expected = least_squares(fun, Z0, **{"jac": jac, **options})
+        np.testing.assert_allclose(host(result.x), expected.x, rtol=1e-7)
+        np.testing.assert_allclose(result.standard_errors(), expected.standard_errors(), rtol=1e-6)
+    assert totals[0] == totals[1]
+
+
+def test_complex_residuals_of_real_parameters(xp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def functions(xp: Any, m: int) -> tuple[Any, Any]:
+        fun, jac = complex_decay(xp, m)
+        return (
+            lambda x: fun([x[0] - 1j, 0.5 + 1j * x[1]]),
+            lambda x: jac([x[0] - 1j, 0.5 + 1j * x[1]]) * xp.array([1.0, 1j]),
+        )
+
+    x0 = np.array([1.5, 2.7])
+    transfers = Transfers(xp, monkeypatch)
+    result = least_squares(*[functions(xp, 3_000)[0], xp.array(x0), functions(xp, 3_000)[1]])
+    expected = least_squares(functions(np, 3_000)[0], x0, functions(np, 3_000)[1])
+    np.testing.assert_allclose(host(result.x), expected.x, rtol=1e-9)
+    assert max(transfers.sizes) >= 3_000  # too small to gain
+    transfers.sizes.clear()
+    fun, jac = functions(xp, 3_000)
+    result = least_squares(fun, xp.array(x0), jac, backend="cupynumeric")
+    assert max(transfers.sizes) < 200
+    np.testing.assert_allclose(host(result.x), expected.x, rtol=1e-9)
+    with pytest.raises(TypeError, match="`jac` must be real"):
+        least_squares(lambda x: xp.real(fun(x)), xp.array(x0), jac, backend="cupynumeric")
+
+
 @pytest.mark.parametrize(
     "options",
     [

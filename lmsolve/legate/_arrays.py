@@ -59,7 +59,7 @@ def _never(m: int, n: int) -> bool:
 class Called:
     """A user's function at NumPy parameters (n,): it sees a cuPyNumeric array.
 
-    Of what it returns real arrays of as many rows as pay stay in Legate's memory.
+    Of what it returns arrays of as many rows as pay stay in Legate's memory.
     """
 
     stays = True
@@ -75,9 +75,9 @@ class Called:
 
     def _taken(self, value: Any, x: np.ndarray) -> Any:
         if is_cupynumeric(value):
-            real = value.dtype.kind == x.dtype.kind == "f" and value.ndim in (1, 2)
+            floating = value.dtype.kind in "fc" and value.ndim in (1, 2)
             m, n = value.shape[0] if value.ndim else 1, x.shape[0]
-            return value if real and m >= n and self._pays(m, n) else to_numpy(value)
+            return value if floating and m >= n and self._pays(m, n) else to_numpy(value)
         if isinstance(value, tuple):
             return tuple(self._taken(v, x) for v in value)
         if hasattr(value, "__next__"):
