@@ -12,7 +12,7 @@ import numpy as np
 from scipy.optimize import OptimizeResult
 
 from . import _bounds, _complex, _history, _hooks, _numdiff, _validate
-from ._lm import CALLBACK, LevenbergMarquardt, message
+from ._lm import LevenbergMarquardt
 from ._numdiff import Differences
 from ._problem import (
     LOCAL,
@@ -23,6 +23,7 @@ from ._problem import (
 )
 from ._result import Context, LeastSquaresResult
 from ._state import LMState
+from ._status import CALLBACK, message
 from ._tiny import PARAMETERS as TINY
 from ._tiny import Descent
 from ._xp import (

@@ -23,17 +23,19 @@ One-sided differences are replaced by central ones for the polish where their er
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from . import _trust
+from ._anderson import mixed
 from ._bounds import Box
 from ._damping import ACCEPT, FIRST, GOOD, LARGE, OPEN, Damping, eased, interpolated, updated
 from ._linalg import LinAlgError
 from ._problem import LeastSquaresProblem
+from ._start import finite_cost, first_radius, first_scale
 from ._state import LMState
+from ._status import BOTH, FTOL, GTOL, MAX_NFEV, SINGULAR, STALLED, STUCK, XTOL
 from ._trust import Step
 from ._xp import Array, Namespace, eps, to_floats
 
@@ -41,25 +43,13 @@ from ._xp import Array, Namespace, eps, to_floats
 #: from the solution is forgotten after some fifty steps, which solves 4 more of the 120 runs of
 #: More, Garbow and Hillstrom (from 101 to 105) with a quarter of the evaluations.
 FADE = 0.95
-#: At the start no parameter weighs less than this share of the weightiest, where a column norm
-#: times the size of its parameter is the weight. Otherwise the first steps throw a parameter that
-#: happens to have no influence there (the rate of a term that has died out) to infinity. Solves 7
-#: more of those 120 runs (109, from 102) with half the evaluations; 0.05 to 0.3 do about as well.
-WEIGHT = 0.1
-#: Only up to this many parameters: with more, some of them start near zero by chance (weights of
-#: a network, coordinates of points), and the rule would hold those where they are.
-WEIGHTED_PARAMETERS = 32
-#: The first trust radius is this share of the scaled length of x0. With the whole of it 108 of
-#: those 120 end at the solution instead of 110, and NIST's sets take 1.7 times the evaluations;
-#: 0.2 to 0.4 do about as well. A parameter that is alone keeps the whole.
-SHARE = 0.3
 #: The polish ends when no parameter changes by more than this share of itself.
 POLISHED = 3e-10
 #: The same where the step still promises a decrease: residuals that vanish at the solution, where
 #: convergence is quadratic and one more step is worth its cost.
 VANISHING = 1e-12
-#: Steps of a polish, at most, and how many earlier steps each one is mixed with.
-POLISH_STEPS, MEMORY = 20, 5
+#: Steps of a polish, at most.
+POLISH_STEPS = 20
 #: A Gauss-Newton step that fails casts doubt on the convergence if it is larger than this.
 SETTLED = 1e-6
 #: A radius that had become too short for its good steps grows by this, and a scale is stale where
@@ -70,23 +60,8 @@ DOUBTS = 10
 #: Central differences replace one-sided ones where these would move a parameter by this share.
 DIFFERENCE_ERROR = 2e-8
 
-CALLBACK, MAX_NFEV, GTOL, FTOL, XTOL, BOTH = -2, 0, 1, 2, 3, 4
-STALLED, SINGULAR, STUCK = -3, -4, -5
 #: A trust radius below this has no square to compare with.
 NO_RADIUS = 1e-140
-#: Why a run ended, by status.
-MESSAGES: dict[int | None, str] = {
-    CALLBACK: "The callback asked to stop.",
-    MAX_NFEV: "`max_nfev` reached: {nfev} evaluations.",
-    GTOL: "`gtol` reached: {value:.1e} <= {limit:.1e}.",
-    FTOL: "`ftol` reached: {value:.1e} <= {limit:.1e}.",
-    XTOL: "`xtol` reached: {value:.1e} <= {limit:.1e}.",
-    BOTH: "`ftol` and `xtol` reached: {value:.1e} <= {limit:.1e}.",
-    STALLED: "The Jacobian is not finite at the best point found.",
-    STUCK: "No step from the best point, however small, has a finite cost below it.",
-    SINGULAR: "The damped system stayed singular up to a damping of {damping:.1e}.",
-    None: "Still running.",
-}
 
 
 class Point(NamedTuple):
@@ -296,7 +271,7 @@ class LevenbergMarquardt:
         if sub.norms is None:
             return xp.ones_like(state.x)
         if state.scale is None:
-            return _first_scale(xp, sub.norms, state.x)
+            return first_scale(xp, sub.norms, state.x)
         if state.linearized:
             return state.scale
         return xp.maximum(FADE * state.scale, sub.norms)
@@ -415,7 +390,7 @@ class LevenbergMarquardt:
         stagnant = state.polished > 1 and change > patience * state.length
         if stagnant or state.polished >= POLISH_STEPS:
             return ended
-        p, trail = _mixed(xp, state, step, point)
+        p, trail = mixed(xp, state, step, point.D)
         x_new = state.x + p
         if self.bounds is not None:
             x_new = self.bounds.enter(xp, x_new, precision)
@@ -525,13 +500,6 @@ class LevenbergMarquardt:
         return self.step(problem, anew)
 
 
-def message(state: LMState) -> str:
-    """Why a run ended, with the figures that decided it."""
-    return MESSAGES[state.status].format(
-        nfev=state.nfev, value=state.value, limit=state.limit, damping=state.damping.mu
-    )
-
-
 def difference_share(m: int) -> float:
     """Share of ``|dJ| |r|`` that ``dJ'r`` is taken to reach for m residuals: 4 sqrt(1 / m).
 
@@ -539,69 +507,6 @@ def difference_share(m: int) -> float:
     below 4 times that.
     """
     return min(1.0, 4.0 / math.sqrt(m))
-
-
-def finite_cost(cost: float) -> float:
-    """The cost at x0; ValueError if it is not finite."""
-    if not math.isfinite(cost):
-        raise ValueError(f"The cost must be finite at `x0`, got {cost}.")
-    return cost
-
-
-def first_radius(length: float, cost: float, n: int) -> float:
-    """First trust radius: a share of the scaled length of x0, or |r| at a start at zero.
-
-    Both are in the unit of D x, that of the residuals.
-    """
-    share = 1.0 if n == 1 else SHARE
-    return share * length if 0.0 < length < math.inf else math.sqrt(2.0 * cost) or 1.0
-
-
-def _first_scale(xp: Namespace, norms: Array, x: Array) -> Array:
-    """Column norms (n,) at the start x (n,), none of them below its share of WEIGHT."""
-    if x.shape[0] > WEIGHTED_PARAMETERS:
-        return norms
-    size = xp.abs(x)
-    one = xp.ones_like(size)
-    # A parameter that starts at zero counts as the smallest of the others, or as 1.
-    size = xp.where(size > 0, size, xp.min(xp.where(size > 0, size, one)) * one)
-    size = size / xp.max(size)
-    return xp.maximum(norms, WEIGHT * xp.max(norms * size) / size)
-
-
-def _mixed(
-    xp: Namespace, state: LMState, step: Step, point: Point
-) -> tuple[Array, tuple[tuple[Array, Array], ...]]:
-    """Anderson's mixture of the step with those before it (n,), and the new trail.
-
-    With x_i and p_i the earlier points and steps, the weights minimise the scaled norm of
-    ``p - sum(w_i (p - p_i))``; Walker and Ni (2011), eq. 2.3, with the newest point as the base.
-    """
-    trail = state.trail
-    p = step.p
-    new_trail = ((state.x, p), *trail)[:MEMORY]
-    if not trail:
-        return p, new_trail
-    dP = [(p - p_i) for _, p_i in trail]
-    columns = xp.stack([column * point.D for column in dP], axis=1)
-    weights = _least_squares_weights(columns, p * point.D, xp)
-    mixed = p
-    for w, (x_i, _), dp in zip(weights, trail, dP, strict=True):
-        mixed = mixed - w * ((state.x - x_i) + dp)
-    far = not _trust.scaled_norm(xp, mixed, point.D) <= 10.0 * step.length
-    return (p if far else mixed), new_trail
-
-
-def _least_squares_weights(A: Array, b: Array, xp: Namespace) -> Sequence[float]:
-    """Host weights (k,) that minimise ``|A w - b|``, k <= MEMORY, small directions left out."""
-    gram = xp.matmul(A.T, xp.concat([A, b[:, None]], axis=1))
-    k = A.shape[1]
-    flat = to_floats(*[gram[i, j] for i in range(k) for j in range(k + 1)])
-    M = np.array(flat).reshape(k, k + 1)
-    scale = np.sqrt(np.diagonal(M[:, :k]))
-    scale = np.where(scale > 0, scale, 1.0)
-    w = np.linalg.lstsq(M[:, :k] / np.outer(scale, scale), M[:, k] / scale, rcond=1e-13)[0]
-    return [float(v) for v in w / scale]
 
 
 def _where(xp: Namespace, mask: Array, a: Array, b: Array | float) -> Array:

@@ -21,23 +21,18 @@ from scipy.linalg.lapack import dposv, dpotrs
 from ._damping import ACCEPT, POOR, Damping, interpolated, updated
 from ._history import Iteration
 from ._lm import (
-    BOTH,
     DIFFERENCE_ERROR,
     FADE,
-    FTOL,
-    GTOL,
     POLISHED,
     VANISHING,
-    WEIGHT,
-    XTOL,
     LevenbergMarquardt,
     Point,
     difference_share,
-    finite_cost,
-    first_radius,
 )
 from ._problem import Problem, UserFunction
+from ._start import WEIGHT, finite_cost, first_radius
 from ._state import LMState
+from ._status import BOTH, FTOL, GTOL, XTOL
 from ._subproblem import ESCALATE, NormalEquations, Rows
 from ._trust import CUT, ITERATIONS, SLACK
 from ._xp import dot_itself

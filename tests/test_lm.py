@@ -8,8 +8,8 @@ import pytest
 
 from lmsolve import LevenbergMarquardt, least_squares
 from lmsolve._bounds import Box
-from lmsolve._lm import MAX_NFEV, STALLED
 from lmsolve._problem import Problem
+from lmsolve._status import MAX_NFEV, STALLED
 from tests.problems import PROBLEMS
 from tests.tools import Counted, Decay, rosenbrock, rosenbrock_jac
 
