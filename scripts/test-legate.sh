@@ -14,11 +14,16 @@ run_part() {
     return 3
   fi
   [ $status = 0 ] || exit $status
+  run_tests "$kind" "$kind" "$@"
+}
+
+run_tests() {
+  local kind=$1 report=build/legate-$2.xml
+  shift 2
   mkdir -p build
   # `if run_part` below switches -e off in here.
-  scripts/with-legate.sh "$kind" python -m pytest -q -rs --junitxml="build/legate-$kind.xml" "$@" ||
-    exit 1
-  [ -z "${CI:-}" ] || "${PYTHON:-python3}" - "build/legate-$kind.xml" <<'PY' || exit 1
+  scripts/with-legate.sh "$kind" python -m pytest -q -rs --junitxml="$report" "$@" || exit 1
+  [ -z "${CI:-}" ] || "${PYTHON:-python3}" - "$report" <<'PY' || exit 1
 import sys
 import xml.etree.ElementTree as xml
 
@@ -34,6 +39,7 @@ PY
 collected() { grep -lE "$1" tests/test_*.py; }
 
 if run_part single -m "legate and not gpu" $(collected 'mark\.legate\b|def test_\w+\(xp\b'); then
+  CPUS=1 run_tests single one-cpu -m legate tests/test_backends.py
   scripts/with-legate.sh single legate --cpus 2 --gpus 0 --sysmem 1000 examples/legate_fit.py 1e6
   for example in sinc burgers mnist; do
     scripts/with-legate.sh single legate --cpus 2 --gpus 0 --sysmem 1000 "examples/$example.py" \

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -96,6 +97,19 @@ def test_exception_of_one_rank_is_raised_on_both(found: list[dict[str, Any]]) ->
 def test_trouble_of_one_rank_rejects_the_step_on_both(found: list[dict[str, Any]]) -> None:
     for rank in found:
         assert rank["trouble_of_one_rank"]["finite"] == [False, False]
+
+
+def test_every_problem_of_the_backends_agrees_with_numpy_on_both_ranks(tmp_path: Path) -> None:
+    suite = str(ROOT / "tests" / "ranks" / "suite.py")
+    options = ("-x", "-q", "-p", "no:cacheprovider", "-k", "cupynumeric")
+    done = launch(suite, str(tmp_path), *options, str(ROOT / "tests" / "test_backends.py"))
+    reports = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
+    assert done.returncode == 0, "".join(reports)[-4000:] + done.stderr[-4000:]
+    ran = [re.findall(r"(\d+) (passed|failed|skipped|error)", report) for report in reports]
+    assert ran[0] == ran[1]
+    ((count, outcome),) = ran[0]
+    assert outcome == "passed"
+    assert int(count) >= 70
 
 
 def test_parameters_that_differ_stop_both_ranks(found: list[dict[str, Any]]) -> None:
