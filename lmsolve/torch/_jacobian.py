@@ -334,10 +334,10 @@ def _separate(network: Network, batch: Batch, point: Point) -> bool:
         return False
     if together.shape[1] != alone.shape[1]:
         return False
-    return probe.size == 1 or _close(alone, together[: half.size])
+    return probe.size == 1 or is_close(alone, together[: half.size])
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
+def is_close(a: Tensor, b: Tensor) -> bool:
     """Equal up to the square root of the dtype's precision, relative to the largest element."""
     bound = math.sqrt(torch.finfo(b.dtype).eps) * b.abs().amax()
     return bool((a - b).abs().amax() <= bound)  # a host read; only when a plan is made
@@ -351,7 +351,7 @@ def _verified_time(network: Network, batch: Batch, point: Point, plan: Plan) -> 
         done, found = 0, torch.zeros_like(exact)
         for rows, J in stream(network, batch, point, plan):
             there = slice(done, done + rows.shape[0])
-            if not _close(rows, r[there]):
+            if not is_close(rows, r[there]):
                 return None
             found += J.to(exact.dtype).T @ z[there]
             done += rows.shape[0]
@@ -363,7 +363,7 @@ def _verified_time(network: Network, batch: Batch, point: Point, plan: Plan) -> 
         if is_out_of_memory(error):
             raise
         return None
-    if found is None or not _close(found, exact):
+    if found is None or not is_close(found, exact):
         return None
     best = math.inf
     for _ in range(3):  # the least of three: another process may hold the core
@@ -411,7 +411,7 @@ def _takes_batched_cotangents(network: Network, batch: Batch, point: Point) -> b
             raise
         return False
     second = [None if v is None else v[1] / 2 for v in _optional(parts)]
-    return _close(flat(second, list(leaves.values())), exact)
+    return is_close(flat(second, list(leaves.values())), exact)
 
 
 def _activation_bytes(network: Network, probe: Batch, point: Point) -> int:

@@ -96,7 +96,11 @@ class Network:
         # Grad mode on: a forward pass may differentiate in its inputs. It records nothing more.
         with torch.enable_grad(), frozen_statistics(self.module), fixed_random(mask, device):
             output = functional_call(self.module, dict(tensors), args, tie_weights=self.tied)
-            judged = self.objective(output, batch.targets, batch.size, batch.weights)
+            return self.judge_output(output, batch, scale)
+
+    def judge_output(self, output: Any, batch: Batch, scale: float) -> Judged:
+        """Rows and costs of a block from the module's output."""
+        judged = self.objective(output, batch.targets, batch.size, batch.weights)
         if scale == 1.0:
             return judged
         return Judged(judged.rows * scale**0.5, judged.cost * scale)

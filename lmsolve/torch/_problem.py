@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ class Evaluation(NamedTuple):
     """Handle on the residuals at one point: the cost, and what its linearisation can reuse."""
 
     cost: Tensor  # 0-d, float64
-    passes: list[_factors.Pending] | None
+    passes: Any
 
 
 class BlockSums(NamedTuple):
@@ -200,6 +200,10 @@ class NetworkProblem:
         tensors = self.network.parameters.unpack(x)
         return Point(tensors, self.settings.scale, self.settings.seed)
 
+    def _block_dtype(self, damping: float) -> torch.dtype | None:
+        """Dtype of the rows of J in products, where it is not that of their sum."""
+        return self.network.parameters.dtype if damping > COARSE else None
+
     def _block_memory(self) -> int:
         return self.settings.memory // 4
 
@@ -233,8 +237,7 @@ class NetworkProblem:
         self, x: Tensor, passes: list[_factors.Pending] | None, damping: float = 0.0
     ) -> Linearised:
         network, n, decay = self.network, self.network.parameters.n, self.settings.decay
-        own = network.parameters.dtype if damping > COARSE else None
-        sums = NormalSums(n, accumulator(network, n), x.device, own)
+        sums = NormalSums(n, accumulator(network, n), x.device, self._block_dtype(damping))
         point, J = self._point(x), None
         if holds(self.plan, self.settings, self.m, network.parameters, passes is not None):
             J = x.new_empty((self.m, n), dtype=network.parameters.dtype)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
+from ._chain import Chain, ChainProblem, verified
 from ._cluster import Cluster
 from ._descent import START, START_LOSS, Descent, FitState
 from ._jacobian import Plan, Point, choose
@@ -86,6 +87,8 @@ class Session:
             self.cluster = Cluster(self.network, self.devices if split else None)
             self.memory = int(self.agreed(self.memory))
         self.plans: dict[Any, Plan] = {}
+        self._chain: Chain | None = None
+        self._chain_sought = False
         self.problem: NetworkProblem | None = None
         self.state: FitState | None = None
         self.notes: list[str] = []
@@ -177,10 +180,28 @@ class Session:
 
     def _problem(self, batch: Batch, plan: Plan, settings: Settings) -> NetworkProblem:
         if self.cluster is None:
+            chain = self._chain_of(batch, plan, settings)
+            if chain is not None:
+                return ChainProblem(self.network, batch, plan, settings, chain)
             return NetworkProblem(self.network, batch, plan, settings)
         if self.options.linalg == "legate":
             return LegateProblem(self.network, batch, plan, settings, self.cluster)
         return SplitProblem(self.network, batch, plan, settings, self.cluster, self.devices)
+
+    def _chain_of(self, batch: Batch, plan: Plan, settings: Settings) -> Chain | None:
+        """The network's chain, where the normal equations can be made from one."""
+        problem = NetworkProblem(self.network, batch, plan, settings)
+        if plan.way != "factors" or problem.form() != "normal":
+            return None
+        if not self._chain_sought:
+            self._chain_sought = True
+            self._chain = verified(self.network, batch, settings, self.x, plan.k)
+        dtype = self.network.parameters.dtype
+        if self._chain is None or not ChainProblem.suits(
+            self._chain, batch, dtype, self.memory // 4
+        ):
+            return None
+        return self._chain
 
     def _sketched(self, batch: Batch, number: int) -> Batch:
         """The batch with the random numbers of its sketch, if there is one."""

@@ -1,0 +1,185 @@
+"""Chains of layers: the sums and products of the general way, from memory that is used again."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch import nn  # noqa: E402  (after the skip)
+
+from lmsolve.torch import _chain  # noqa: E402
+from lmsolve.torch._chain import Chain, ChainProblem, verified  # noqa: E402
+from lmsolve.torch._descent import Descent  # noqa: E402
+from lmsolve.torch._jacobian import Plan  # noqa: E402
+from lmsolve.torch._losses import from_loss, from_residual  # noqa: E402
+from lmsolve.torch._network import Batch, Network  # noqa: E402
+from lmsolve.torch._params import Parameters  # noqa: E402
+from lmsolve.torch._problem import NetworkProblem, Settings  # noqa: E402
+from lmsolve.torch._session import Options, Session  # noqa: E402
+
+B = 70  # blocks of 32, 32 and 6
+
+
+def mlp(*sizes: int, function: Any = nn.Tanh, bias: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for i, o in itertools.pairwise(sizes):
+        layers += [nn.Linear(i, o, bias=bias), function()]
+    return nn.Sequential(*layers[:-1])
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "one hidden layer": lambda: mlp(1, 5, 1),
+    "two outputs": lambda: mlp(3, 4, 2),
+    "deep": lambda: mlp(2, 4, 3, 1, function=nn.Sigmoid),
+    "relu without bias": lambda: mlp(3, 5, 2, function=nn.ReLU, bias=False),
+    "linear": lambda: nn.Linear(2, 2),
+    "nested": lambda: nn.Sequential(mlp(2, 4, 3), nn.Tanh(), nn.Linear(3, 1)),
+    "function at the end": lambda: nn.Sequential(mlp(2, 4, 2), nn.Sigmoid()),
+}
+
+
+def setup(model: nn.Module, loss: str = "mse", dtype: Any = torch.float64) -> tuple[Any, Any]:
+    """A network and a batch of `B` samples."""
+    model = model.to(dtype)
+    x = torch.randn(B, next(model.parameters()).shape[1], dtype=dtype)
+    with torch.no_grad():
+        y = torch.rand_like(model(x))
+    network = Network(
+        model, Parameters.of(model), from_residual(None) if loss == "residual" else from_loss(loss)
+    )
+    return network, Batch(x, y, torch.rand(B, dtype=dtype), B)
+
+
+def problems(network: Any, batch: Any, settings: Any, monkeypatch: Any) -> tuple[Any, Any]:
+    """The general problem and the chain's, in small blocks."""
+    monkeypatch.setattr(_chain, "block_rows", lambda n, dtype: 32 // torch.get_num_threads())
+    k = network.judge(network.parameters.unpack(start(network)), batch, 1.0).rows.shape[1]
+    plan = Plan("factors", k, False, 40)
+    chain = Chain.of(network)
+    assert chain is not None
+    chained = ChainProblem(network, batch, plan, settings, chain)
+    return NetworkProblem(network, batch, plan, settings), chained
+
+
+def start(network: Any) -> Any:
+    return network.parameters.pack(network.module).double()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("loss", ["residual", "cross_entropy"])
+def test_sums_and_products_are_those_of_the_general_way(
+    name: str, loss: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, batch = setup(MODELS[name](), loss)
+    general, chained = problems(network, batch, Settings(0.25, decay=0.1), monkeypatch)
+    assert len(chained.inputs) >= 3
+    x = start(network)
+    evaluated = chained.residual(x)
+    torch.testing.assert_close(chained.cost(evaluated), general.cost(general.residual(x)))
+    a, b = general._normal(x, None), chained.linearize(x, evaluated)
+    for key in ("gram", "grad", "r"):
+        torch.testing.assert_close(getattr(b, key), getattr(a, key))
+    z, p = torch.randn(chained.m).double(), torch.randn_like(x)
+    torch.testing.assert_close(b.products.transposed(z), a.products.transposed(z))
+    torch.testing.assert_close(b.products.product(p), a.products.product(p))
+    if loss == "residual":
+        step = a.solve(0.1)
+        torch.testing.assert_close(b.solve(0.1), step)
+        torch.testing.assert_close(b.acceleration(step), a.acceleration(step))
+
+
+@pytest.mark.parametrize("damping", [1e-6, 1e-2])
+def test_float32_rows(damping: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, batch = setup(mlp(2, 4, 2), dtype=torch.float32)
+    general, chained = problems(network, batch, Settings(), monkeypatch)
+    x = start(network)
+    a = general._normal(x, None, damping)
+    b = chained.linearize(x, chained.residual(x), damping)
+    assert b.gram.dtype == torch.float64
+    torch.testing.assert_close(b.gram, a.gram, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(b.grad, a.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_trials_leave_the_linearised_point_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every trial writes into the same memory, which is not that of the accepted point."""
+    network, batch = setup(mlp(1, 5, 1))
+    general, chained = problems(network, batch, Settings(), monkeypatch)
+    x = start(network)
+    sub = chained.linearize(x, chained.residual(x))
+    for shift in (0.1, 0.2):
+        chained.residual(x + shift)
+        sub.slope(torch.ones_like(x))
+    z = torch.randn(B).double()
+    expected = general._normal(x, None).products.transposed(z)
+    torch.testing.assert_close(sub.products.transposed(z), expected)
+
+
+def test_an_evaluation_overwritten_by_a_later_one_is_made_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    network, batch = setup(mlp(1, 5, 1))
+    general, chained = problems(network, batch, Settings(), monkeypatch)
+    x = start(network)
+    early = chained.residual(x)
+    chained.residual(x + 0.5)
+    torch.testing.assert_close(chained.linearize(x, early).gram, general._normal(x, None).gram)
+
+
+def tied() -> nn.Module:
+    net = mlp(2, 2, 2)
+    net[2].weight = net[0].weight
+    return net
+
+
+def frozen() -> nn.Module:
+    net = mlp(2, 3, 2)
+    net[0].bias.requires_grad_(False)
+    return net
+
+
+def hooked() -> nn.Module:
+    net = mlp(2, 3, 2)
+    net[0].register_forward_hook(lambda module, args, output: 2 * output)
+    return net
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Any) -> Any:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("make", [tied, frozen, hooked, lambda: Doubled(2, 2),
+                                  lambda: nn.Sequential(nn.Linear(2, 2), nn.GELU())])  # fmt: skip
+def test_other_models_are_no_chains(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    network = Network(model, Parameters.of(model), from_residual(None))
+    assert Chain.of(network) is None
+
+
+def test_a_layer_that_does_something_else_is_found_out() -> None:
+    model = mlp(2, 3, 2)
+    network, batch = setup(model)
+    assert verified(network, batch, Settings(), start(network), 2) is not None
+    model[1].forward = torch.sin
+    assert verified(network, batch, Settings(), start(network), 2) is None
+
+
+def test_a_fit_takes_the_chain_where_the_normal_equations_fit() -> None:
+    network, batch = setup(mlp(2, 5, 1))
+
+    def placed(samples: int, **options: Any) -> Any:
+        session = Session(network.module, Options(loss="mse", **options), Descent())
+        session.place(batch.block(0, samples), 0)
+        return session
+
+    session = placed(B)
+    assert type(session.problem) is ChainProblem
+    costs = [session.trial().cost for _ in range(30)]
+    assert costs[-1] < 0.5 * costs[0]
+    assert type(placed(10).problem) is NetworkProblem  # wider than the batch: the dual form
+    assert type(placed(B, memory=20_000).problem) is NetworkProblem  # the activations do not fit
