@@ -19,6 +19,8 @@ LinAlgError = np.linalg.LinAlgError
 #: From this size on LAPACK takes several threads. SciPy's and NumPy's, each with threads of its
 #: own, keep each other waiting (80 ms for 13 at n = 1000, after a product of NumPy's): so NumPy's.
 THREADED = 100
+#: From this size on the wait counts for less than the two copies that NumPy's makes.
+IN_PLACE = 1500
 #: Entries of J from which Cholesky QR beats Householder's (measured: 3 to 4 times as fast).
 CHOLESKY_QR = 200_000
 #: Passes of Cholesky QR, the shift of the first in units of (n + 1) eps, and the deviation of Q'Q
@@ -40,7 +42,7 @@ class Cholesky:
         if xp is np:
             single = A.dtype == np.float32
             self._potrs = lapack.spotrs if single else lapack.dpotrs
-            self._lower = A.shape[0] < THREADED
+            self._lower = A.shape[0] < THREADED or (overwrite and A.shape[0] >= IN_PLACE)
             if self._lower:
                 potrf = lapack.spotrf if single else lapack.dpotrf
                 # The transpose of a symmetric C-ordered matrix is itself, Fortran-ordered: no copy.

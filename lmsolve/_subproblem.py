@@ -37,9 +37,9 @@ from ._xp import Array, Namespace, diagonal, eps
 #: A smaller squared pivot of the scaled normal matrix sends a problem to QR: normal equations
 #: lose about eps / pivot of the step, 2e-8 of it at this pivot.
 ESCALATE = 1e-8
-#: From so many parameters on the scaled matrix is made anew for each damping, not kept: that takes
-#: n^2 of the n^3 / 3 multiplications of the factor, and a third of the memory.
-LARGE = 2048
+#: From so many parameters on the scaled matrix is made anew for each damping and factored in place:
+#: that takes n^2 of the n^3 / 3 multiplications of the factor, and two matrices of memory.
+LARGE = 1500
 
 
 class Subproblem(Protocol):
@@ -123,17 +123,31 @@ class NormalEquations:
         self.escalated = False
         self.pivot = 0.0
         self._xp = xp
-        self.gram = gram
+        self._gram = gram
+        self._by: Array | None = None  # the scales (n,) that ``_gram`` is multiplied with
         self._rows = rows
         self._d: Array | None = None
         self._scaled: Array | None = None
         self._factor: Any = None  # a Cholesky, or what a subclass makes of one
         self._refined: Factored | None = None
 
+    @property
+    def gram(self) -> Array:
+        """J'J (n, n); made anew where the scaled matrix has taken its memory."""
+        if self._by is None:
+            return self._gram
+        return _linalg.spd_matrix(self._xp, self._gram, 1.0 / self._by)
+
+    def _times_gram(self, p: Array) -> Array:
+        """J'J p (n,)."""
+        if self._by is None:
+            return self._gram @ p
+        return self._gram @ (p / self._by) / self._by
+
     def smallest_pivot(self, d: Array) -> float:
         """Smallest squared pivot of the scaled normal matrix, 0 if it is not positive definite."""
         try:
-            return float(self._cholesky(*self._damped(0.0, d)).pivot)
+            return float(self._factored(0.0, d).pivot)
         except LinAlgError:
             return 0.0
 
@@ -142,27 +156,44 @@ class NormalEquations:
         if self._refined is not None:
             return self._refined.solve(mu, d, start)
         self._factor = None  # before its memory is needed again
-        A, spare = self._damped(mu, d)
         try:
-            self._factor = self._cholesky(A, spare)
+            self._factor = self._factored(mu, d)
         except LinAlgError:
             return self._refine().solve(mu, d, start)
         if self._factor.pivot < ESCALATE and self._rows is not None:
             return self._refine().solve(mu, d, start)
         self.pivot = self._factor.pivot
-        grad = self.grad if start is None else self.grad + self.gram @ start
+        grad = self.grad if start is None else self.grad + self._times_gram(start)
         return -d * self._factor.solve(d * grad)
 
-    def _damped(self, mu: float, d: Array) -> tuple[Array, bool]:
-        """The scaled normal matrix with mu on its diagonal, and whether it may be overwritten."""
+    def _factored(self, mu: float, d: Array) -> Any:
+        """Factor of the scaled normal matrix with mu on its diagonal."""
         xp, n = self._xp, d.shape[0]
-        if xp is np and n >= LARGE:
+        if xp is not np or n < _linalg.THREADED:
+            if self._d is not d:
+                self._d, self._scaled = d, _held_diagonal(xp, self._gram, d)
+            A = _linalg.add_diagonal(xp, self._scaled, mu) if mu else self._scaled
+            return self._cholesky(A, overwrite=bool(mu))
+        if n >= LARGE or not d.all():
             A = _held_diagonal(xp, self.gram, d)
             A.ravel()[:: n + 1] += mu
-            return A, True
-        if self._d is not d:
-            self._d, self._scaled = d, _held_diagonal(xp, self.gram, d)
-        return (_linalg.add_diagonal(xp, self._scaled, mu), True) if mu else (self._scaled, False)
+            return self._cholesky(A, overwrite=True)
+        self._scale_in_place(d)
+        diagonal = np.einsum("ii->i", self._gram)  # a view
+        undamped = diagonal.copy()
+        diagonal += mu
+        try:
+            return self._cholesky(self._gram, overwrite=False)
+        finally:
+            diagonal[...] = undamped
+
+    def _scale_in_place(self, d: np.ndarray) -> None:
+        """Turn J'J into the scaled matrix: at this size another one is a cost."""
+        if self._by is not d:
+            factor = d if self._by is None else d / self._by
+            self._gram *= factor
+            self._gram *= factor[:, None]
+            self._by = d
 
     def secular(self, p: Array, d: Array) -> Array:
         """0-d ``q' (A + mu I)^-1 q`` for the step p of the last solve."""
@@ -177,7 +208,7 @@ class NormalEquations:
         if self._rows is not None and self.escalated:
             Jp = self._rows.matvec(p)
             return -(self._rows.r @ Jp + 0.5 * (Jp @ Jp))
-        return -(self.grad @ p + 0.5 * (p @ (self.gram @ p)))
+        return -(self.grad @ p + 0.5 * (p @ self._times_gram(p)))
 
     def rank(self) -> int | None:
         """Numerical rank of J d, where the last solve knows it."""

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lmsolve import _subproblem
+from lmsolve import _linalg, _subproblem
 from lmsolve._linalg import LinAlgError
 from lmsolve._loss import LOSSES, Loss
 from lmsolve._problem import BlockSums
@@ -149,18 +149,25 @@ def test_tall_goes_to_the_normal_equations_and_wide_to_the_dual():
     assert isinstance(dense_subproblem(np, np.ones((2, 3)), np.ones(2)), DualEquations)
 
 
-def test_matrices_that_are_not_kept_take_the_same_steps(monkeypatch):
+@pytest.mark.parametrize("large", [1, 100])
+def test_matrices_that_are_not_kept_take_the_same_steps(monkeypatch, large):
+    """Where they are made anew, and where J'J itself is scaled in its memory."""
     J, _, Rw = rows(Library.named("numpy"), 30, 8)
     G, g = gram(np, Rw)
-    kept, anew = NormalEquations(np, G, g), NormalEquations(np, G, g)
-    free = np.random.default_rng(3).uniform(0.3, 3, 8)
-    for d in (free, np.where(np.arange(8) < 3, 0.0, free)):
+    kept, frugal = NormalEquations(np, G, g), NormalEquations(np, G.copy(), g)
+    rng = np.random.default_rng(3)
+    free, other = rng.uniform(0.3, 3, (2, 8))
+    for d in (free, np.where(np.arange(8) < 3, 0.0, free), other):
         for mu in (0.0, 1e-2, 10.0, 0.0):
-            expected = kept.solve(mu, d), kept.secular(g, d), kept.smallest_pivot(d)
+            expected = kept.solve(mu, d), kept.secular(g, d), kept.reduction(g)
             with monkeypatch.context() as patched:
-                patched.setattr(_subproblem, "LARGE", 1)
-                found = anew.solve(mu, d), anew.secular(g, d), anew.smallest_pivot(d)
-            for a, b in zip(found, expected, strict=True):
-                np.testing.assert_allclose(a, b, rtol=1e-13)
-    assert anew._scaled is None
-    np.testing.assert_array_equal(anew.gram, J.T @ J)
+                patched.setattr(_subproblem, "LARGE", large)
+                patched.setattr(_linalg, "THREADED", 1)
+                found = frugal.solve(mu, d), frugal.secular(g, d), frugal.reduction(g)
+                started = frugal.solve(mu, d, free), frugal.smallest_pivot(d)
+            expected += kept.solve(mu, d, free), kept.smallest_pivot(d)
+            for a, b in zip(found + started, expected, strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-12)
+    assert frugal._scaled is None
+    assert (frugal._by is None) == (large == 1)
+    np.testing.assert_allclose(frugal.gram, J.T @ J, rtol=1e-14)
