@@ -10,7 +10,9 @@ so that what else the machine does stays out (--clock wall for wall time). "to l
 `scipy.optimize.least_squares(method='lm')`, "to curve_fit" that to SciPy's `curve_fit`, as the
 median over the rounds of the ratio within a round. Calls are counted by wrappers, those for finite
 differences included. "excess" is the relative distance of the cost from the lowest one found; a
-solver that ends more than 1e-6 above it gets no ratio.
+solver that ends more than 1e-6 above it gets no ratio. optimistix and nlsq, where they are
+installed (`make bench-env`), differentiate by JAX and stand in the exact rows; they compiled before
+the clock starts, and their calls are not counted.
 """
 
 from __future__ import annotations
@@ -46,9 +48,13 @@ REFERENCE, CURVE_FIT = "scipy least_squares lm", "scipy curve_fit"
 
 @dataclass(frozen=True)
 class Curve:
-    """A model f(t, *p) with its Jacobian (m, n), data t and y (m,), and a start p0 (n,)."""
+    """A model f(t, *p) with its Jacobian (m, n), data t and y (m,), and a start p0 (n,).
+
+    ``model_in(xp)`` is the model in another array library.
+    """
 
     name: str
+    model_in: Callable[[Any], Callable[..., Any]]
     model: Callable[..., np.ndarray]
     jac: Callable[..., np.ndarray]
     t: Any
@@ -72,8 +78,11 @@ class Timing:
 def decay() -> Curve:
     t = np.linspace(0, 4, 100)
 
-    def model(t, a, k, c):
-        return a * np.exp(-k * t) + c
+    def model_in(xp):
+        def model(t, a, k, c):
+            return a * xp.exp(-k * t) + c
+
+        return model
 
     def jac(t, a, k, c):
         J = np.empty((t.size, 3))
@@ -82,14 +91,17 @@ def decay() -> Curve:
         J[:, 2] = 1
         return J
 
-    return _with_noise("decay 3 x 100", model, jac, t, [2.5, 1.3, 0.5], 0.02, [1, 1, 1])
+    return _with_noise("decay 3 x 100", model_in, jac, t, [2.5, 1.3, 0.5], 0.02, [1, 1, 1])
 
 
 def peak() -> Curve:
     t = np.linspace(-5, 5, 1000)
 
-    def model(t, a, c, s, b):
-        return a * np.exp(-0.5 * ((t - c) / s) ** 2) + b
+    def model_in(xp):
+        def model(t, a, c, s, b):
+            return a * xp.exp(-0.5 * ((t - c) / s) ** 2) + b
+
+        return model
 
     def jac(t, a, c, s, b):
         J = np.empty((t.size, 4))
@@ -100,17 +112,20 @@ def peak() -> Curve:
         J[:, 3] = 1
         return J
 
-    return _with_noise("peak 4 x 1000", model, jac, t, [3, 0.7, 1.2, 0.3], 0.05, [1, 0, 2, 0])
+    return _with_noise("peak 4 x 1000", model_in, jac, t, [3, 0.7, 1.2, 0.3], 0.05, [1, 0, 2, 0])
 
 
 def three_peaks() -> Curve:
     t = np.linspace(0, 10, 10_000)
 
-    def model(t, *p):
-        y = np.full(t.size, p[9])
-        for a, c, s in (p[0:3], p[3:6], p[6:9]):
-            y += a * np.exp(-0.5 * ((t - c) / s) ** 2)
-        return y
+    def model_in(xp):
+        def model(t, *p):
+            y = xp.full(t.size, p[9])
+            for a, c, s in (p[0:3], p[3:6], p[6:9]):
+                y += a * xp.exp(-0.5 * ((t - c) / s) ** 2)
+            return y
+
+        return model
 
     def jac(t, *p):
         J = np.empty((t.size, 10), order="F")
@@ -125,24 +140,27 @@ def three_peaks() -> Curve:
 
     true = [3, 2, 0.5, 2, 5, 0.7, 4, 7.5, 0.4, 0.2]
     start = [2.5, 2.2, 0.6, 1.5, 5.3, 0.6, 3, 7.3, 0.5, 0]
-    return _with_noise("3 peaks 10 x 10000", model, jac, t, true, 0.05, start)
+    return _with_noise("3 peaks 10 x 10000", model_in, jac, t, true, 0.05, start)
 
 
 def spot() -> Curve:
     side = np.linspace(-3, 3, 200)
     uv = np.stack([g.ravel() for g in np.meshgrid(side, side)])
 
-    def turned(uv, cu, cv, angle):
-        c, s = np.cos(angle), np.sin(angle)
+    def turned(xp, uv, cu, cv, angle):
+        c, s = xp.cos(angle), xp.sin(angle)
         u, v = uv[0] - cu, uv[1] - cv
         return u * c + v * s, v * c - u * s, c, s
 
-    def model(uv, h, cu, cv, su, sv, angle, b):
-        u, v, _, _ = turned(uv, cu, cv, angle)
-        return h * np.exp(-0.5 * ((u / su) ** 2 + (v / sv) ** 2)) + b
+    def model_in(xp):
+        def model(uv, h, cu, cv, su, sv, angle, b):
+            u, v, _, _ = turned(xp, uv, cu, cv, angle)
+            return h * xp.exp(-0.5 * ((u / su) ** 2 + (v / sv) ** 2)) + b
+
+        return model
 
     def jac(uv, h, cu, cv, su, sv, angle, b):
-        u, v, c, s = turned(uv, cu, cv, angle)
+        u, v, c, s = turned(np, uv, cu, cv, angle)
         e = np.exp(-0.5 * ((u / su) ** 2 + (v / sv) ** 2))
         J = np.empty((e.size, 7), order="F")
         J[:, 0] = e
@@ -158,19 +176,20 @@ def spot() -> Curve:
 
     true = [2, 0.3, -0.4, 0.8, 1.3, 0.4, 0.1]
     start = [1.5, 0, 0, 1, 1.1, 0.2, 0]
-    return _with_noise("2-D peak 7 x 40000", model, jac, uv, true, 0.05, start)
+    return _with_noise("2-D peak 7 x 40000", model_in, jac, uv, true, 0.05, start)
 
 
-def _with_noise(name, model, jac, t, true, sigma, p0) -> Curve:
+def _with_noise(name, model_in, jac, t, true, sigma, p0) -> Curve:
+    model = model_in(np)
     y = model(t, *true)
     y = y + sigma * np.random.default_rng(0).standard_normal(y.shape)
-    return Curve(name, model, jac, t, y, np.array(p0, dtype=float))
+    return Curve(name, model_in, model, jac, t, y, np.array(p0, dtype=float))
 
 
 Solve = Callable[[Callable[..., Any], Callable[..., Any] | None], Any]
 
 
-def solvers(curve: Curve) -> dict[str, Solve]:
+def solvers(curve: Curve, exact: bool) -> dict[str, Solve]:
     """Each takes the model and its Jacobian, or None for forward differences, and returns x."""
     t, y, p0 = curve.t, curve.y, curve.p0
 
@@ -204,6 +223,10 @@ def solvers(curve: Curve) -> dict[str, Solve]:
     }
     if importlib.util.find_spec("lmfit"):
         found["lmfit minimize leastsq"] = _lmfit(curve)
+    if exact and importlib.util.find_spec("optimistix"):
+        found["optimistix LM, jit"] = _optimistix(curve)
+    if exact and importlib.util.find_spec("nlsq"):
+        found["nlsq curve_fit, jit"] = _nlsq(curve)
     return found
 
 
@@ -232,10 +255,39 @@ def _lmfit(curve: Curve) -> Solve:
     return solve
 
 
+def _optimistix(curve: Curve) -> Solve:
+    """A compiled fit with JAX's derivatives; it does not call the model or the Jacobian given."""
+    import jax
+    import optimistix
+
+    jax.config.update("jax_enable_x64", True)
+    model = curve.model_in(jax.numpy)
+    solver = optimistix.LevenbergMarquardt(rtol=1e-8, atol=1e-8)
+    t, y = jax.numpy.asarray(curve.t), jax.numpy.asarray(curve.y)
+
+    @jax.jit
+    def fit(p0):
+        def residuals(p, _):
+            return model(t, *p) - y
+
+        return optimistix.least_squares(residuals, solver, p0, max_steps=None, throw=False).value
+
+    return lambda *_: np.asarray(fit(curve.p0))
+
+
+def _nlsq(curve: Curve) -> Solve:
+    """The same of nlsq, whose object keeps what it compiled from one fit to the next."""
+    import jax
+    import nlsq
+
+    model, fitter = curve.model_in(jax.numpy), nlsq.CurveFit()
+    return lambda *_: np.asarray(fitter.curve_fit(model, curve.t, curve.y, p0=curve.p0)[0])
+
+
 def measure(curve: Curve, exact: bool, budget: float, least: int, clock: Clock) -> list[Timing]:
     jac = curve.jac if exact else None
     runs, counted, fits = {}, {}, {}
-    for name, solve in solvers(curve).items():
+    for name, solve in solvers(curve, exact).items():
         model, counted_jac = Counter(curve.model), Counter(curve.jac)
         p = solve(model, counted_jac if exact else None)
         cost = 0.5 * float(np.sum((curve.model(curve.t, *p) - curve.y) ** 2))
