@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -280,8 +281,14 @@ def _nlsq(curve: Curve) -> Solve:
     import jax
     import nlsq
 
+    logging.disable(logging.CRITICAL)  # it reports each iteration
     model, fitter = curve.model_in(jax.numpy), nlsq.CurveFit()
-    return lambda *_: np.asarray(fitter.curve_fit(model, curve.t, curve.y, p0=curve.p0)[0])
+
+    def solve(*_):
+        popt, _ = fitter.curve_fit(model, curve.t, curve.y, p0=curve.p0)
+        return np.asarray(popt)
+
+    return solve
 
 
 def measure(curve: Curve, exact: bool, budget: float, least: int, clock: Clock) -> list[Timing]:

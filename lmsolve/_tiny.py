@@ -124,11 +124,9 @@ class Linearisation:
         self.steepest, self.slope, self.square = steepest, slope, square
         self.sound = self.sound and square < math.inf
 
-    def within(self, radius: float) -> Trial | None:
-        """The step within the radius (see `_trust`); None if the system is ill-conditioned."""
+    def damped(self, radius: float) -> Trial | None:
+        """The step of about the radius (see `_trust`); None if the system is ill-conditioned."""
         length, slope, factor, back = math.sqrt(self.square), self.slope, self.factor, self.back
-        if length <= (1.0 + SLACK) * radius:
-            return Trial(back, length, 0.0, slope, -0.5 * slope)
         g, squares = self.g, np.array(self.squares)
         lo = mu = 0.0
         hi = math.sqrt(sum([gj * gj / s for gj, s in zip(g, self.squares)])) / radius
@@ -187,7 +185,7 @@ class Descent:
     ) -> None:
         self.solver, self.problem, self.history = solver, problem, history
         self.x, self.r, self.cost = x, r, finite_cost(0.5 * dot_itself(r))
-        self.damping = Damping(0.0)
+        self.radius, self.mu = 0.0, 0.0
         self.nfev, self.njev, self.nit = 1, 0, 0
         self.fired, self.value, self.limit = 0, 0.0, 0.0
         #: The squared scale of the last linearisation, and of the one before.
@@ -243,24 +241,31 @@ class Descent:
     def _trials(self, lin: Linearisation) -> bool | None:
         """Trials at one x until one is accepted: True; None leaves it to the general solver."""
         solver, x, cost = self.solver, self.x, self.cost
-        radius = self.damping.radius
+        radius = self.radius
         if radius == 0.0:
             self.size = scaled_norm(x, lin.squares)
             radius = first_radius(self.size, cost, len(lin.g))
         while self.nfev < solver.max_nfev:
-            trial = lin.within(radius)
-            if trial is None:
-                return None
-            back, length, mu, slope, predicted = trial
+            length, slope, back = math.sqrt(lin.square), lin.slope, lin.back
+            if length <= (1.0 + SLACK) * radius:
+                mu, predicted = 0.0, -0.5 * slope
+            else:
+                trial = lin.damped(radius)
+                if trial is None:
+                    return None
+                back, length, mu, slope, predicted = trial
             if self.nfev == 1:
                 radius = min(radius, length)  # as `Damping.first`
             x_new = x - back
             r_new, cost_new = self._evaluate(x_new)
             actual = cost - cost_new if cost_new < math.inf else -math.inf
             ratio = actual / predicted if predicted > 0.0 else 0.0
-            shrink = interpolated(actual, slope, cost, cost_new) if ratio <= POOR else 1.0
-            self.damping = updated(radius, mu, ratio, length, shrink)
-            radius, mu, _ = self.damping
+            if mu or ratio <= POOR:
+                shrink = interpolated(actual, slope, cost, cost_new) if ratio <= POOR else 1.0
+                radius, mu, _ = updated(radius, mu, ratio, length, shrink)
+            else:
+                radius = 2.0 * length  # as `updated`
+            self.radius, self.mu = radius, mu
             accepted = ratio > ACCEPT
             if accepted:
                 self.before = x
@@ -292,9 +297,20 @@ class Descent:
             self.fired, self.value, self.limit = FTOL, decrease / cost, solver.ftol
 
     def _record(self, accepted: bool, ratio: float, length: float, polishing: bool) -> None:
-        radius, mu, _ = self.damping
-        entry = (self.nfev, self.nit, self.cost, accepted, ratio, radius, mu, length, polishing)
-        self.history.append(tuple.__new__(Iteration, (*entry, False)))  # half of its own time
+        radius, mu = self.radius, self.mu
+        entry = (
+            self.nfev,
+            self.nit,
+            self.cost,
+            accepted,
+            ratio,
+            radius,
+            mu,
+            length,
+            polishing,
+            False,
+        )
+        self.history.append(tuple.__new__(Iteration, entry))  # takes half the time of its own
 
     def _evaluate(self, x: np.ndarray) -> tuple[np.ndarray, float]:
         r = self.function(x.copy())  # the user may write into its argument
@@ -404,7 +420,7 @@ class Descent:
             self.x,
             self.cost,
             None if squares is None else np.sqrt(squares),
-            self.damping,
+            Damping(self.radius, self.mu),
             self.nfev,
             self.njev,
             self.nit,

@@ -121,7 +121,7 @@ def linearisation():
 @pytest.mark.parametrize("share", [1e-4, 0.1, 0.5])
 def test_damped_steps_have_the_length_of_the_radius(linearisation, share):
     radius = share * np.sqrt(linearisation.square)
-    trial = linearisation.within(radius)
+    trial = linearisation.damped(radius)
     p, squares = -trial.back, np.array(linearisation.squares)
     G, g = linearisation.G, linearisation.gradient
     assert (1 - SLACK) * radius <= trial.length <= radius * (1 + 1e-12)
@@ -134,11 +134,11 @@ def test_damped_steps_have_the_length_of_the_radius(linearisation, share):
 
 
 def test_an_undamped_step(linearisation):
-    trial = linearisation.within(1e6)
-    G, g = linearisation.G, linearisation.gradient
-    np.testing.assert_allclose(-trial.back, np.linalg.solve(G, -g), rtol=1e-9)
-    assert trial.mu == 0
-    assert trial.predicted == pytest.approx(0.5 * g @ np.linalg.solve(G, g))
+    G, g, squares = linearisation.G, linearisation.gradient, np.array(linearisation.squares)
+    p = np.linalg.solve(G, -g)
+    np.testing.assert_allclose(-linearisation.back, p, rtol=1e-9)
+    assert linearisation.slope == pytest.approx(g @ p)
+    assert linearisation.square == pytest.approx(squares @ p**2)
 
 
 @pytest.mark.parametrize("bad", [0.0, 1e-5, np.nan])
