@@ -14,7 +14,7 @@ import time
 import numpy as np
 
 from lmsolve import least_squares
-from lmsolve.legate import rows
+from lmsolve.legate import is_first_rank, rows
 
 TRUE = np.array([2.0, 1.5, 0.7, 0.3])
 NOISE = 0.1
@@ -56,9 +56,7 @@ def linear(x, numbers):
 
 def main():
     problem = rows(residual, linear, m=M, n=4)
-    from legate.core import get_legate_runtime  # runs since `rows` started it
-
-    first = get_legate_runtime().node_id == 0
+    first = is_first_rank()
     start = time.perf_counter()
 
     def report(intermediate_result):

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -109,6 +110,16 @@ def test_a_start_leaves_generators_and_their_seeds_alone() -> None:
         assert after == (np.random.rand(), random.random())
     """)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.legate
+@pytest.mark.parametrize(("node", "first"), [(0, True), (1, False)])
+def test_one_rank_prints(monkeypatch: pytest.MonkeyPatch, node: int, first: bool) -> None:
+    import lmsolve.legate
+
+    assert lmsolve.legate.is_first_rank()
+    monkeypatch.setattr("legate.core.get_legate_runtime", lambda: SimpleNamespace(node_id=node))
+    assert lmsolve.legate.is_first_rank() == first
 
 
 @pytest.mark.legate

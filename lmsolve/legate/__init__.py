@@ -4,5 +4,6 @@ Importing this starts nothing; Legate starts at the first call that needs it.
 """
 
 from ._rows import RowProblem, rows
+from ._start import is_first_rank
 
-__all__ = ["RowProblem", "rows"]
+__all__ = ["RowProblem", "is_first_rank", "rows"]

@@ -27,6 +27,8 @@ from types import ModuleType
 
 import numpy as np
 
+from lmsolve import _xp
+
 #: An unlimited product cache keeps ``J.T @ J`` from scattering J over the processors: for a
 #: 160 MB J on two CPUs 18 ms instead of 43, and 5 MB more memory instead of 154.
 MATMUL_CACHE = ("CUPYNUMERIC_MATMUL_CACHE_SIZE", "1000000000000")
@@ -124,6 +126,26 @@ def start() -> ModuleType:
         with _manners():
             import cupynumeric  # noqa: F401
     return sys.modules["cupynumeric"]
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one of its run that prints, draws and writes.
+
+    A run of several processes runs the whole script in each of them. Starts Legate.
+
+    Returns
+    -------
+    bool
+        True in the first process of a run, and in a run of one.
+
+    Examples
+    --------
+    >>> import lmsolve.legate
+    >>> if lmsolve.legate.is_first_rank():  # doctest: +SKIP
+    ...     print(result)
+    """
+    start()
+    return _xp.is_first_rank()
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Any
 from lmsolve.legate import _cholesky
 from lmsolve.legate._start import start
 from lmsolve.torch import LM, fit
-from tests.test_torch_legate import cloud, curve, dropping, example, first_step, net
+from tests.test_torch_legate import cloud, curve, dropping, first_step, net
 
 start()
 from legate.core import get_legate_runtime  # noqa: E402  starts Legate, which start() does politely
@@ -39,31 +38,6 @@ def wide() -> dict[str, Any]:
 def dropped() -> dict[str, Any]:
     """Random masks, drawn by the rank that holds the shard."""
     return summary(fit(dropping(), (X, Y), max_steps=2, linalg="legate"))
-
-
-def example_sinc() -> list[float]:
-    """The example, ended by its callback: the clock of one rank must not end it alone."""
-    sinc = example("sinc")
-    data, model = sinc.make_data(200), sinc.make_model(0, 5)
-    return [value for _, value in sinc.run_lm(model, *data, 500.0, None, 0.05, "legate")]
-
-
-def example_burgers() -> list[float]:
-    """The physics-informed network, whose residuals differentiate in its inputs."""
-    burgers = example("burgers")
-    args = argparse.Namespace(steps=2, seconds=500.0, goal=1e-9, linalg="legate")
-    model = burgers.make_model()
-    burgers.run_lm(model, burgers.make_points(20), burgers.Reference(), args)
-    return [float(p.detach().double().sum()) for p in model.parameters()]
-
-
-def example_images() -> list[float]:
-    """Mini-batches of the small digits under cross entropy; the first two trials are rejected."""
-    mnist = example("mnist")
-    args = argparse.Namespace(decay=1e-4, batch=100, steps=4, smoke=True, linalg="legate")
-    images = mnist.load(None)
-    trace = mnist.run_lm(mnist.make_model("cnn", 8, 0), images, 500.0, args)
-    return [point.loss for point in trace]
 
 
 def crossed() -> dict[str, int]:
@@ -140,9 +114,6 @@ CHECKS: tuple[Callable[[], Any], ...] = (
     tall,
     wide,
     dropped,
-    example_sinc,
-    example_burgers,
-    example_images,
     crossed,
     in_bands,
     exception_of_one_rank,
