@@ -201,11 +201,18 @@ class _Residual:
                 ) from None
             if isinstance(error, TypeError):
                 raise
-            raise ValueError(
-                f"`f` must return an array of the shape of `ydata`, {tuple(self.ydata.shape)}, "
-                f"got {np.shape(values)}."
-            ) from error
+            raise self._other_shape(values) from error
+        if r.ndim > 1:  # (m,) against (m, 1), say: broadcast to (m, m)
+            raise self._other_shape(values)
         return r if self.whiten is None else self.whiten(r)
+
+    def _other_shape(self, values: Any) -> ValueError:
+        expected, got = tuple(self.ydata.shape), np.shape(values)
+        if got == expected:
+            return ValueError(f"`ydata` must have 1 dimension, got shape {expected}.")
+        return ValueError(
+            f"`f` must return an array of the shape of `ydata`, {expected}, got {got}."
+        )
 
 
 def _jacobian(jac: Any, xdata: Any, whiten: Any, p: Array) -> Array:
