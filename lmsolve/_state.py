@@ -49,6 +49,8 @@ class LMState(NamedTuple):
         Whether the last step came from a QR factorisation.
     central : bool
         Whether differences have gone over to the central formula.
+    curvature : float
+        Curvature of the robust cost along the last undamped step, in units of the model's.
     linearized : bool
         Whether the problem has been linearised at ``x``, and scale and counters know of it.
     trail : tuple of (array, array)
@@ -76,6 +78,7 @@ class LMState(NamedTuple):
     doubts: int = 0
     escalated: bool = False
     central: bool = False
+    curvature: float = 1.0
     linearized: bool = False
     trail: tuple[tuple[Array, Array], ...] = ()
     status: int | None = None

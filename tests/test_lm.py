@@ -10,6 +10,7 @@ from lmsolve import LevenbergMarquardt, least_squares
 from lmsolve._bounds import Box
 from lmsolve._problem import Problem
 from lmsolve._status import MAX_NFEV, STALLED
+from tests.nist import load
 from tests.problems import PROBLEMS
 from tests.tools import Counted, Decay, rosenbrock, rosenbrock_jac
 
@@ -290,3 +291,16 @@ def test_bounds_belong_to_the_solver_and_copy_changes_them():
     other = solver.copy(bounds=box)
     assert other.bounds is box and solver.bounds is None
     assert (other.ftol, other.max_nfev, other.polish) == (1e-5, 7, False)
+
+
+@pytest.mark.parametrize("bounds", [(-np.inf, np.inf), ([200.0, 4e-4], [260.0, 7e-4])])
+@pytest.mark.parametrize("loss", ["huber", "cauchy", "soft_l1", "arctan"])
+def test_robust_fits_do_not_crawl(loss, bounds):
+    """Weights alone leave out curvature: a Huber fit of Misra1a took 238 evaluations so."""
+    p = load("Misra1a")
+    scale = 0.5 * float(np.sqrt(np.mean(p.fun(p.certified) ** 2)))
+    options = {"loss": loss, "f_scale": scale, "bounds": bounds}
+    result = least_squares(p.fun, p.certified * 1.05, p.jac, **options)
+    assert result.success
+    assert result.nfev < 100
+    assert result.grad == pytest.approx(0.0, abs=1e-4 * np.abs(result.jac).max() * scale)

@@ -5,14 +5,16 @@ import pytest
 
 from lmsolve import LevenbergMarquardt, LMState, least_squares
 from lmsolve._damping import Damping
+from lmsolve._lm import LACKING
 from lmsolve._problem import Problem
 from tests.nist import load
 from tests.problems import PROBLEMS
 from tests.tools import Decay
 
 FINAL = ("x", "cost", "scale", "damping", "nfev", "njev", "nit", "status", "value", "polished")
-FINAL += ("doubts", "central", "linearized", "fired", "ratio", "length", "trail")
+FINAL += ("doubts", "central", "linearized", "fired", "ratio", "length", "trail", "curvature")
 HAHN, ROSZMAN, LANCZOS, BENNETT = (load(n) for n in ("Hahn1", "Roszman1", "Lanczos3", "Bennett5"))
+MISRA = load("Misra1a")
 WOOD, DECAY = PROBLEMS["wood"], Decay()
 RUNS = {
     "exact": (HAHN.fun, HAHN.starts[1], {"jac": HAHN.jac}),
@@ -21,6 +23,11 @@ RUNS = {
     "many rejections": (WOOD.fun, WOOD.x0, {"jac": WOOD.jac}),
     "bounds": (DECAY.fun, DECAY.x0, {"bounds": ([0, 0, 0], [2.0, 5, 5])}),
     "loss": (DECAY.fun, DECAY.x0, {"loss": "soft_l1", "f_scale": 0.02}),
+    "stretched steps": (
+        MISRA.fun,
+        MISRA.certified * 1.05,
+        {"jac": MISRA.jac, "loss": "huber", "f_scale": 0.05},
+    ),
     "scale": (DECAY.fun, DECAY.x0, {"x_scale": [1.0, 2.0, 0.5]}),
     "wide": (lambda x: np.array([x[0] * x[1] - 1, x[1] + x[2] ** 2 - 3]), [1.0, 2, 3], {}),
     "single precision": (
@@ -52,6 +59,8 @@ def test_resumed_equals_uninterrupted(name, tmp_path):
     assert whole.success and len(states) == whole.nit
     if name == "differences that turn central":
         assert whole.state.central
+    if name == "stretched steps":
+        assert any(s.curvature < LACKING for s in states)
     if name in ("exact", "a long polish"):
         assert any(len(s.trail) > 1 for s in states)
     for state in states:
