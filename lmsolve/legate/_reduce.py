@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
@@ -230,7 +231,7 @@ class Layout:
         return index * self.tile, min((index + 1) * self.tile, self.m)
 
 
-class RowJob:
+class RowJob(ABC):
     """What a task does with its shard, at one x."""
 
     def __init__(
@@ -244,8 +245,9 @@ class RowJob:
             x = self._functions.blocks.x(self.x, shard.stream)
             return self._evaluate(x, shard), checksum(self.x), 0.0
 
+    @abstractmethod
     def _evaluate(self, x: Array, shard: _tasks.Shard) -> float:
-        raise NotImplementedError
+        """The shard's number."""
 
     def _blocks(self, shard: _tasks.Shard) -> Iterator[tuple[tuple[Any, ...], int]]:
         """The arguments of the functions for each block of the shard, and its number of rows."""

@@ -18,6 +18,7 @@ from lmsolve.legate._start import start
 
 from ._bands import COPIES, UNTILED, Bands
 from ._jacobian import Plan, Point, block_rows, choose
+from ._jobs import Job
 from ._network import Batch, Network
 from ._params import quiet_transforms
 from ._setup import (
@@ -29,7 +30,7 @@ from ._setup import (
     check_torch_memory,
     free_gpu_bytes,
 )
-from ._shards import Job, stream_of
+from ._shards import stream_of
 
 if TYPE_CHECKING:
     from lmsolve.legate._tasks import Shard

@@ -24,22 +24,10 @@ from torch.utils import _pytree as pytree
 from ._bands import BandedTallSubproblem, BandedWideSubproblem, Curved
 from ._cluster import Cluster
 from ._jacobian import Plan, Point
+from ._jobs import CostJob, CoupledSumsJob, Job, KernelJob, RowsJob, SumsJob
 from ._network import Batch, Network
 from ._problem import COARSE, Evaluation, NetworkProblem, Settings, accumulator
-from ._shards import (
-    CostJob,
-    CoupledSumsJob,
-    CurvatureJob,
-    Job,
-    KernelJob,
-    Placed,
-    ProductJob,
-    RowsJob,
-    SlopeJob,
-    SumsJob,
-    TransposedJob,
-    checksum,
-)
+from ._shards import Placed, checksum
 from ._subproblems import (
     Linearised,
     Products,
@@ -49,6 +37,7 @@ from ._subproblems import (
     second_derivative,
     solved,
 )
+from ._vector_jobs import CurvatureJob, ProductJob, SlopeJob, TransposedJob
 
 
 class LegateProblem(NetworkProblem):

@@ -1,0 +1,101 @@
+"""Jobs that take a vector to every shard: products with its rows, curvature along a step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ._jacobian import Plan
+from ._jobs import Here, Job
+from ._params import flat
+from ._problem import Settings
+from ._shards import Placed, view_of
+from ._subproblems import AHEAD, second_derivative
+
+if TYPE_CHECKING:
+    from lmsolve.legate._tasks import Shard
+
+
+class VectorJob(Job):
+    """A job with a vector v: a step or a direction (n,), or one number for each residual (m,)."""
+
+    kind = "vectors"  # of v, in the cluster's traffic
+
+    def __init__(
+        self, placed: Placed, x: Tensor, plan: Plan, settings: Settings, v: Tensor
+    ) -> None:
+        super().__init__(placed, x, plan, settings)
+        self._v = v.detach().cpu()
+        self.sent[self.kind] += self._v.nbytes
+
+
+class CurvatureJob(VectorJob):
+    """Writes the shard's J'r_pp (n,) into its row of a table: the geodesic acceleration's.
+
+    No number of residuals' size leaves the task.
+    """
+
+    def compute(self, here: Here, shard: Shard) -> float:
+        """Second difference of the residuals along p."""
+        out = self.zeros(shard)
+        x, p = torch.from_numpy(self.x).to(out.device), self._v.to(out.device)
+        ahead = replace(here.point, tensors=here.network.parameters.unpack(x + AHEAD * p))
+        for block, products, r in self.linear(here):
+            Jp = products.product(p).to(x.dtype)
+            r_ahead = self.rows(replace(here, batch=block, point=ahead)).to(x.dtype)
+            slope = (r_ahead - r.to(x.dtype)) / AHEAD
+            out += products.transposed(second_derivative(slope, Jp))
+        return 0.0
+
+
+class SlopeJob(VectorJob):
+    """Writes J' times the residuals' slope over a share of the step; J'J p makes J'r_pp of it."""
+
+    def compute(self, here: Here, shard: Shard) -> float:
+        """One backward pass for all residuals of a block."""
+        out = self.zeros(shard)
+        x, p, point = torch.from_numpy(self.x).to(out.device), self._v.to(out.device), here.point
+        ahead = replace(point, tensors=here.network.parameters.unpack(x + AHEAD * p))
+        kept = self.placed.rows(here.index, self.x)
+        if kept is not None:
+            products, r = kept
+            out += products.transposed((self.rows(replace(here, point=ahead)) - r) / AHEAD)
+            return 0.0
+        for block in here.batch.blocks(self.evaluation_samples()):
+            leaves = {name: t.detach().requires_grad_() for name, t in point.tensors.items()}
+            rows = here.network.judge(leaves, block, point.scale, point.seed).rows
+            r_ahead = self.rows(replace(here, batch=block, point=ahead)).view_as(rows)
+            slope = (r_ahead - rows.detach()) / AHEAD
+            wanted = list(leaves.values())
+            out += flat(torch.autograd.grad(rows, wanted, slope, allow_unused=True), wanted)
+        return 0.0
+
+
+class ProductJob(VectorJob):
+    """Writes the shard's part of `J p` into its part of a store (m,)."""
+
+    def compute(self, here: Here, shard: Shard) -> float:
+        """Twice backward, or from the factors of a pass."""
+        out = view_of(shard.outputs[0])
+        p = self._v.to(out.device)
+        out.copy_(torch.cat([products.product(p) for _, products, _ in self.linear(here)]))
+        return 0.0
+
+
+class TransposedJob(VectorJob):
+    """Writes the shard's part of `J'z` (n,) into its row of a table."""
+
+    kind = "residuals"
+
+    def compute(self, here: Here, shard: Shard) -> float:
+        """One backward pass."""
+        out = self.zeros(shard)
+        first = here.index * self.placed.tile * self.plan.k
+        z = self._v[first : first + here.batch.size * self.plan.k].to(out.device)
+        for _, products, r in self.linear(here):
+            out += products.transposed(z[: len(r)])
+            z = z[len(r) :]
+        return 0.0
