@@ -808,13 +808,31 @@ def test_no_garbage_is_collected_in_a_tasks_thread() -> None:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
+    fit(net(3), curve(), max_steps=3, checkpoint=folder / "begun", checkpoint_steps=1)
     done = launch(str(ROOT / "tests" / "ranks" / "networks.py"), str(folder))
     assert done.returncode == 0, done.stderr[-4000:]
+    gone_on = fit(net(3), curve(), max_steps=7, resume=folder / "state")
+    return [{"gone on": float(gone_on.cost), **ranks} for ranks in read_ranks(folder)]
+
+
+def read_ranks(folder: Path) -> list[dict[str, Any]]:
+    """What both ranks have found."""
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("check", ["tall", "wide", "dropped"])
+@pytest.mark.parametrize(
+    "check",
+    [
+        "tall",
+        "wide",
+        "dropped",
+        "coupled",
+        "resumed",
+        "nan_on_the_way",
+        "out_of_memory_of_one_rank",
+    ],
+)
 def test_two_ranks_end_with_the_same_bits(found: list[dict[str, Any]], check: str) -> None:
     assert found[0]["ranks"] == 2
     assert found[0][check] == found[1][check]
@@ -865,9 +883,33 @@ def test_two_ranks_train_as_one_process_does(found: list[dict[str, Any]]) -> Non
 
 
 @pytest.mark.ranks
+def test_a_fit_changes_from_one_process_to_two_ranks_and_back(found: list[dict[str, Any]]) -> None:
+    for steps, cost in ((5, found[0]["resumed"]["cost"]), (7, found[0]["gone on"])):
+        assert cost == pytest.approx(fit(net(3), curve(), max_steps=steps).cost, rel=1e-8)
+
+
+@pytest.mark.ranks
+def test_a_nan_of_one_rank_rejects_the_step_on_both(found: list[dict[str, Any]]) -> None:
+    accepted = found[0]["nan_on_the_way"]["accepted"]
+    assert False in accepted and accepted[-1]
+    assert np.isfinite(found[0]["nan_on_the_way"]["cost"])
+
+
+@pytest.mark.ranks
+def test_out_of_memory_on_one_rank_halves_the_blocks_of_both(found: list[dict[str, Any]]) -> None:
+    optimizer = LM(net(3))
+    optimizer.step(*curve())
+    after = found[0]["out_of_memory_of_one_rank"]
+    assert after == found[1]["out_of_memory_of_one_rank"]
+    assert 10 < after["samples"] <= 20
+    assert after["cost"] == pytest.approx(optimizer._session.state.cost, rel=1e-9)
+
+
+@pytest.mark.ranks
 def test_trouble_of_one_rank_is_that_of_both(found: list[dict[str, Any]]) -> None:
     for rank in found:
-        assert rank["exception_of_one_rank"] == "the last shard"
+        assert rank["exception_of_one_rank"]["message"] == "the last shard"
+        assert "in failing" in rank["exception_of_one_rank"]["trace"]  # where it was raised
         assert rank["nan_of_one_rank"] is False  # not finite
         assert "different data" in rank["data_that_differ"]
         assert "different parameters" in rank["parameters_that_differ"]

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lmsolve.legate import _cholesky
 from lmsolve.legate._start import start
 from lmsolve.torch import LM, fit
-from tests.test_torch_legate import cloud, curve, dropping, first_step, net
+from tests.test_torch_legate import cloud, curve, dropping, first_step, net, normalised
 
 start()
 from legate.core import get_legate_runtime  # noqa: E402  starts Legate, which start() does politely
 
 RANK = get_legate_runtime().node_id
+FOLDER = Path(sys.argv[1])
 X, Y = curve()
 
 
@@ -63,7 +68,7 @@ def last(target: Any) -> bool:
     return bool(target[-1] == Y[-1]) and len(target) < len(Y)
 
 
-def exception_of_one_rank() -> str:
+def exception_of_one_rank() -> dict[str, Any]:
     """A residual function that fails on the last shard only."""
 
     def failing(output: Any, target: Any) -> Any:
@@ -74,8 +79,9 @@ def exception_of_one_rank() -> str:
     try:
         fit(net(3), (X, Y), residual=failing, linalg="legate")
     except KeyError as caught:
-        return str(caught.args[0])
-    return ""
+        trace = "".join(traceback.format_exception(caught))
+        return {"message": caught.args[0], "trace": trace}
+    return {}
 
 
 def nan_of_one_rank() -> bool:
@@ -89,6 +95,47 @@ def nan_of_one_rank() -> bool:
     except ValueError as caught:
         return "must be finite at the start" not in str(caught)
     return True
+
+
+def nan_on_the_way() -> dict[str, Any]:
+    """The last shard's residuals are NaN in two of its evaluations, those of a trial."""
+    count = 0
+
+    def nan(output: Any, target: Any) -> Any:
+        nonlocal count
+        count += last(target)
+        # The start, its linearisation with the curvature, then the first trial.
+        return (output - target) * (float("nan") if last(target) and 4 <= count < 6 else 1.0)
+
+    result = fit(net(3), (X, Y), residual=nan, linalg="legate", max_steps=5)
+    return {"accepted": result.history["accepted"], **summary(result)}
+
+
+def out_of_memory_of_one_rank() -> dict[str, Any]:
+    """The last shard's blocks are too large until they are halved, on both ranks."""
+
+    def greedy(output: Any, target: Any) -> Any:
+        if last(target) and len(target) > 20:
+            raise torch.OutOfMemoryError("out of memory")
+        return output - target
+
+    optimizer = LM(net(3), residual=greedy, linalg="legate", memory=1 << 20)
+    optimizer.step(X, Y)
+    session = optimizer._session
+    return {"cost": session.state.cost, "samples": session.problem.plan.samples}
+
+
+def resumed() -> dict[str, Any]:
+    """A fit that one process has begun; it leaves a checkpoint of its own."""
+    options = {"resume": FOLDER / "begun", "checkpoint": FOLDER / "state", "checkpoint_steps": 1}
+    return summary(fit(net(3), (X, Y), max_steps=5, linalg="legate", **options))
+
+
+def coupled() -> dict[str, Any]:
+    """Batch normalisation in training mode: the samples of both ranks see each other."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return summary(fit(normalised(), (X, Y), max_steps=2, linalg="legate"))
 
 
 def data_that_differ() -> str:
@@ -114,10 +161,14 @@ CHECKS: tuple[Callable[[], Any], ...] = (
     tall,
     wide,
     dropped,
+    coupled,
+    resumed,
     crossed,
     in_bands,
     exception_of_one_rank,
     nan_of_one_rank,
+    nan_on_the_way,
+    out_of_memory_of_one_rank,
     data_that_differ,
     parameters_that_differ,
 )
@@ -126,4 +177,4 @@ if __name__ == "__main__":
     found: dict[str, Any] = {"ranks": get_legate_runtime().node_count}
     for check in CHECKS:
         found[check.__name__] = check()
-        Path(sys.argv[1], f"{RANK}.json").write_text(json.dumps(found))
+        (FOLDER / f"{RANK}.json").write_text(json.dumps(found))
