@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -95,10 +96,11 @@ def report_linalg(linalg: str, smoke: bool) -> None:
             while not session.trial().accepted:
                 pass
             times.append(time.perf_counter() - start)
-        traffic = {} if session.cluster is None else session.cluster.traffic
+        traffic = Counter() if session.cluster is None else session.cluster.traffic
         size = len(x) * session.x.numel() * 8
-        figures = "".join(f"{traffic.get(kind, 0) / steps / 1e3:11.1f}" for kind in kinds)
+        figures = "".join(f"{traffic[kind] / steps / 1e3:11.1f}" for kind in kinds)
         print(f"{name:14s}{1e3 * statistics.median(times):9.1f}{size / 1e3:11.1f}{figures}")
+        assert linalg != "legate" or traffic["jacobian"] == 0
 
 
 def measure_steps(contender: str, shape: tuple[int, int, int], repeats: int) -> dict[str, float]:
