@@ -45,6 +45,9 @@ def sparse_subproblem(
         A = A.astype(r.dtype)
     if weights is not None:
         A = diags_array(weights) @ A
+    if not A.has_canonical_format:  # entries given in several parts count as their sum
+        A = A.copy()
+        A.sum_duplicates()
     fill = float(np.sum(np.diff(A.indptr).astype(float) ** 2))
     if solver == "lsmr" or (solver is None and fill > DIRECT_ENTRIES):
         norms = np.sqrt(np.asarray(A.multiply(A).sum(axis=0)).ravel())

@@ -83,3 +83,18 @@ def test_least_squares_takes_it_and_agrees_with_the_dense_fit():
     assert sparse.success
     np.testing.assert_allclose(sparse.x, dense.x, rtol=1e-7, atol=1e-9)
     np.testing.assert_allclose(sparse.standard_errors(), dense.standard_errors(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("groups", [3, 90])  # a sparse LU, and blocks
+def test_entries_in_several_parts_count_as_their_sum(groups):
+    A = jacobian(groups=groups)
+    y = RNG.standard_normal(A.shape[0])
+    parts = csr_array(
+        (np.repeat(0.5 * A.data, 2), np.repeat(A.indices, 2), 2 * A.indptr), shape=A.shape
+    )
+    whole, halves = (
+        least_squares(lambda x: A @ x - y, np.ones(A.shape[1]), lambda x, J=J: J)
+        for J in (A, parts)
+    )
+    np.testing.assert_allclose(halves.x, whole.x, rtol=1e-9, atol=1e-12)
+    assert not parts.has_canonical_format  # the caller's matrix is as it was
