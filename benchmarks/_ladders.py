@@ -104,7 +104,12 @@ def images_problem(smoke: bool) -> Problem:
         y=images.y,
         look=lambda model: mnist.look(model, images, 0.0).loss,
         objective=nn.functional.cross_entropy,
-        ours={"loss": "cross_entropy", "weight_decay": 1e-4, "grow_batches": True},
+        ours={
+            "loss": "cross_entropy",
+            "weight_decay": 1e-3,
+            "grow_batches": True,
+            "sketch": True,
+        },
         batches=[1000 if folder else 500],
         rate=1e-2,
         adam_batch=128,
@@ -268,13 +273,12 @@ def peer_loss(problem: Problem) -> Any:
 
 
 def run_peer(problem: Problem, model: nn.Module, watch: Watch, batch: int | None) -> None:
-    """Its steps on all the data or on shuffled batches; it cannot take a smaller last one."""
+    """Its steps on all the data or on shuffled batches."""
     trainer = peer_trainer(model, peer_loss(problem))
     size = min(batch or len(problem.x), len(problem.x))
     while True:
         for rows in torch.randperm(len(problem.x)).split(size):
-            if len(rows) == size:
-                trainer.training_step(*chosen(problem, batch, rows))
+            trainer.training_step(*chosen(problem, batch, rows))
             if not watch():
                 return
 

@@ -9,13 +9,16 @@ torch-levenberg-marquardt, Adam and L-BFGS.
 Every contender runs in a process of its own, so that its peak memory is its own: the growth of the
 process's resident set over what it was when model and data were there. Times are wall and
 processor seconds; on a busy machine only the latter compare. A step is an accepted one, rejected
-trials included: the median of 15, in the best of three processes.
+trials included: the median of 15, in the best of three processes, on one thread and on two.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import itertools
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -23,6 +26,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -125,8 +129,17 @@ def measure_steps(contender: str, shape: tuple[int, int, int], repeats: int) -> 
     }
 
 
-def features() -> dict[str, tuple[nn.Module, Any, Tensor]]:
-    """Models and data that need more than samples that do not see each other."""
+@dataclass(frozen=True)
+class Feature:
+    """A model and batches that are trained on in turn."""
+
+    model: nn.Module
+    batches: list[tuple[Any, Tensor]]
+    resumed: bool = False  # half way from the state dicts of model and optimizer
+
+
+def features() -> dict[str, Feature]:
+    """What needs more than one whole batch of samples that do not see each other."""
 
     class Recurrent(nn.Module):
         def __init__(self) -> None:
@@ -146,37 +159,61 @@ def features() -> dict[str, tuple[nn.Module, Any, Tensor]]:
 
     torch.manual_seed(0)
     x = torch.randn(64, 1)
+    y = x**2
+    plain = nn.Sequential(nn.Linear(1, 6), nn.Tanh(), nn.Linear(6, 1))
     norm = nn.Sequential(nn.Linear(1, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 1))
+    parts = list(zip(x.split(26), y.split(26), strict=True))
     return {
-        "BatchNorm in training": (norm, x, x**2),
-        "LSTM": (Recurrent(), x[:, None].repeat(1, 5, 1), x**2),
-        "tuple of inputs": (Two(), (x, x.flip(0)), x**2),
+        "BatchNorm in training": Feature(norm, [(x, y)]),
+        "LSTM": Feature(Recurrent(), [(x[:, None].repeat(1, 5, 1), y)]),
+        "tuple of inputs": Feature(Two(), [((x, x.flip(0)), y)]),
+        "last batch smaller": Feature(plain, parts),
+        "from state dicts": Feature(plain, [(x, y)], resumed=True),
     }
 
 
 def measure_feature(contender: str, name: str) -> dict[str, Any]:
     """Losses before and after ten steps, or what was raised."""
-    model, x, y = features()[name]
+    feature = features()[name]
+    model = feature.model
+    make, step = (peer_trainer, peer_loss) if contender == PEER else (our_trainer, our_loss)
     losses = []
     try:
-        if contender == PEER:
-            trainer = peer_trainer(model)
-            losses = [float(trainer.training_step(x, y)[1]) for _ in range(10)]
-        else:
-            import lmsolve.torch
-
-            optimizer = lmsolve.torch.LM(model, loss="mse")
-            losses = [optimizer.step(x, y).loss for _ in range(10)]
-    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        trainer = make(model)
+        for number in range(10):
+            if feature.resumed and number == 5:
+                weights, state = model.state_dict(), trainer.state_dict()
+                model = copy.deepcopy(model)
+                model.load_state_dict(weights)
+                trainer = make(model)
+                trainer.load_state_dict(state)
+            x, y = feature.batches[number % len(feature.batches)]
+            losses.append(step(trainer, x, y))
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError) as error:
         return {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"}
     return {"first": losses[0], "last": losses[-1]}
 
 
-def in_process(*task: Any) -> Any:
-    """Result of one measurement in a fresh interpreter."""
+def our_trainer(model: nn.Module) -> Any:
+    import lmsolve.torch
+
+    return lmsolve.torch.LM(model, loss="mse")
+
+
+def our_loss(trainer: Any, x: Any, y: Tensor) -> float:
+    return float(trainer.step(x, y).loss)
+
+
+def peer_loss(trainer: Any, x: Any, y: Tensor) -> float:
+    return float(trainer.training_step(x, y)[1])
+
+
+def in_process(*task: Any, threads: int | None = None) -> Any:
+    """Result of one measurement in a fresh interpreter, with so many threads or as many as here."""
+    own = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", __file__, "--task", json.dumps(task)],
-        capture_output=True, text=True, check=False,
+        capture_output=True, text=True, check=False, env=os.environ | own,
     )  # fmt: skip
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -185,20 +222,23 @@ def in_process(*task: Any) -> Any:
 
 def report_steps(peers: list[str], smoke: bool) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    print(f"\n{'one accepted step':16s}{'':28s}{'wall':>10s}{'processor':>12s}{'peak':>10s}")
-    for name, shape in (SMOKE_SHAPES if smoke else SHAPES).items():
+    print(f"\n{'one accepted step':30s}{'':28s}{'wall':>10s}{'processor':>12s}{'peak':>10s}")
+    shapes = SMOKE_SHAPES if smoke else SHAPES
+    for (name, shape), threads in itertools.product(shapes.items(), (1, 2)):
+        title = f"{name}, {threads} thread{'s' * (threads > 1)}"
         rows: dict[str, dict[str, float]] = {}
         for _ in range(1 if smoke else 3):  # in turn, for the machine's load changes
             for c in [*OURS, *peers]:
-                row = in_process("steps", c, shape, 3 if smoke else 15)
-                rows[c] = min(rows.get(c, row), row, key=lambda r: r["processor"])
+                row = in_process("steps", c, shape, 3 if smoke else 15, threads=threads)
+                rows[c] = min(rows.get(c, row), row, key=lambda r: r["wall"])
         for contender, row in rows.items():
-            ratio = row["processor"] / rows["ours"]["processor"]
+            ratio = row["wall"] / rows["ours"]["wall"]
             print(
-                f"{name:16s}{contender:28s}{1e3 * row['wall']:7.1f} ms"
-                f"{1e3 * row['processor']:9.1f} ms{row['peak_mib']:6.0f} MiB  {ratio:.1f} x"
+                f"{title:30s}{contender:28s}{1e3 * row['wall']:7.1f} ms"
+                f"{1e3 * row['processor']:9.1f} ms{row['peak_mib']:6.0f} MiB  {ratio:.1f} x",
+                flush=True,
             )
-        found[name] = rows
+        found[title] = rows
     return found
 
 
