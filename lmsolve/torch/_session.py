@@ -191,7 +191,7 @@ class Session:
     def _chain_of(self, batch: Batch, plan: Plan, settings: Settings) -> Chain | None:
         """The network's chain, where the normal equations can be made from one."""
         problem = NetworkProblem(self.network, batch, plan, settings)
-        if plan.way != "factors" or problem.form() != "normal":
+        if plan.coupled or problem.form() != "normal":
             return None
         if not self._chain_sought:
             self._chain_sought = True
