@@ -58,8 +58,10 @@ class LM:
     acceleration : bool, default True
         Bend steps along the curvature of the residuals, at one more evaluation a trial and far
         fewer trials. Losses other than 'mse' have no use for it.
+    sketch : bool, default False
+        Two rows of the Jacobian for each sample instead of one for each of its outputs; see `fit`.
     seed : int, default 0
-        Of dropout masks.
+        Of dropout masks and sketches.
 
     Examples
     --------
@@ -87,13 +89,23 @@ class LM:
         dtype: torch.dtype | None = None,
         linalg: str = "torch",
         acceleration: bool = True,
+        sketch: bool = False,
         seed: int = 0,
     ) -> None:
         if attempts < 1:
             raise ValueError(f"`attempts` must be at least 1, got {attempts}.")
         listed = tuple(torch.device(d) for d in devices or ())
         options = Options(
-            residual, loss, weight_decay, memory, dtype, linalg, seed, acceleration, listed
+            residual,
+            loss,
+            weight_decay,
+            memory,
+            dtype,
+            linalg,
+            seed,
+            acceleration,
+            listed,
+            sketch,
         )
         self._session = Session(model, options, Descent())
         self._attempts = attempts
