@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,34 @@ def test_residual_function_takes_bounds_and_a_robust_loss() -> None:
     keep = torch.arange(60) != 7
     assert float(result.x.abs().max()) <= 4.0
     assert float((model(x) - y).detach()[keep].abs().mean()) < 0.1
+
+
+def test_any_pytree_of_inputs_and_targets() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 2).double()
+
+        def forward(self, parts: Any) -> Any:
+            return self.layer(torch.cat([parts["x"], parts["rest"][0]], 1))
+
+    x, y = curve()
+    inputs, targets = {"x": x, "rest": [x**2]}, (x - x**2, {"y": y})
+
+    def residual(z: Any, t: Any) -> Any:
+        return torch.stack([z[:, :1] - t[0], z[:, 1:] - t[1]["y"]], 1)
+
+    torch.manual_seed(0)
+    problem = residuals(Both(), inputs, targets, residual)
+    seen: list[float] = []
+    solved = lmsolve.least_squares(
+        problem.fun, problem.x0, jac=problem.jac, callback=lambda intermediate_result: seen.append(
+            float(intermediate_result.cost))
+    )  # fmt: skip
+    fitted = fit(Both(), (inputs, targets), residual=residual, max_steps=100)
+    parts = fit(Both(), (inputs, targets), residual=residual, batch_size=25, max_steps=60)
+    assert fitted.cost == pytest.approx(float(solved.cost)) == pytest.approx(seen[-1])
+    assert parts.cost < 1.5 * fitted.cost
 
 
 def test_frozen_parameters_stay_and_tied_ones_count_once() -> None:
@@ -306,6 +335,64 @@ def test_sketched_fits_find_the_minimum(samples: int) -> None:
     assert fit(net(out=4), (x, target), sketch=True, **options).cost < 1.01 * best
 
 
+def test_the_optimizer_sketches_as_the_fit_does() -> None:
+    x, _ = curve()
+    target = (4 * x[:, 0].abs()).long().clamp(max=3)
+    fitted = fit(net(out=4), (x, target), loss="cross_entropy", sketch=True, max_steps=1)
+    optimizer = LM(net(out=4), loss="cross_entropy", sketch=True)
+    assert optimizer.step(x, target).loss == pytest.approx(fitted.cost)
+    plain = LM(net(out=4), loss="cross_entropy").step(x, target).loss
+    assert plain != pytest.approx(fitted.cost, rel=1e-3)
+
+
+PEAK = """
+import ctypes, sys
+from pathlib import Path
+import numpy as np, torch
+from torch import nn
+from lmsolve.torch import fit
+from lmsolve.torch._jacobian import block_rows
+
+def held(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * float(line.split()[1]) for line in lines if line.startswith(key))
+
+torch.manual_seed(0)
+m, width = 8000, 90
+model = nn.Sequential(nn.Linear(20, width), getattr(nn, sys.argv[1])(), nn.Linear(width, 1))
+model = model.double()
+n = sum(p.numel() for p in model.parameters())
+x = torch.randn(m, 20, dtype=torch.float64)
+y = torch.sin(x.sum(1, keepdim=True))
+fit(model, (x[:50], y[:50]), max_steps=2)  # loads libraries; their own buffers come here:
+A = np.ones((900, n))
+G = torch.from_numpy(A.T @ A + n * np.eye(n))
+torch.cholesky_solve(torch.ones(n, 1).double(), torch.linalg.cholesky(G))
+del A, G
+ctypes.CDLL("libc.so.6").malloc_trim(0)
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+before = held("VmRSS")
+fit(model, (x, y), max_steps=4)
+block = block_rows(n, torch.float64) * (n + 21 + 2 * width) * 8
+print((held("VmHWM") - before) / (block + 3 * n * n * 8), m * n / (3 * n * n))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("function", ["Tanh", "GELU"])
+def test_peak_memory_is_a_block_and_three_square_matrices(function: str) -> None:
+    """By a chain and in the general way; the whole of J would be 1.3 times the three."""
+    root = str(Path(lmsolve.__file__).resolve().parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PEAK, function],
+        env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=True, timeout=300,
+    )  # fmt: skip
+    peak, whole = map(float, done.stdout.split())
+    assert whole > 1.3
+    assert 0.5 < peak < 1.2
+
+
 def test_callback_stops_and_sees_the_step() -> None:
     x, y = curve()
     seen: list[int] = []
@@ -439,6 +526,17 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
         fit(net(9), (x, y), max_steps=9, resume=path)
 
 
+def test_checkpoints_every_so_many_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(range(1000))  # every question takes a second
+    monkeypatch.setattr(_checkpoint, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    schedule = _checkpoint.Schedule(None, 3.0)
+    assert [schedule.due(step) for step in range(7)] == [False, False, True] * 2 + [False]
+    x, y = curve()
+    path = tmp_path / "state.pt"
+    fit(net(), (x, y), max_steps=20, checkpoint=path, checkpoint_steps=None, checkpoint_seconds=3)
+    assert 3 <= _checkpoint.load(path)["steps"] <= 20
+
+
 def test_a_failed_write_leaves_the_old_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -542,6 +640,13 @@ def frozen() -> nn.Module:
     return linear().requires_grad_(False)
 
 
+def integers() -> nn.Module:
+    """torch itself refuses integers that require grad."""
+    model = nn.Module()
+    model.w = nn.Parameter(torch.ones(1, dtype=torch.int64), requires_grad=False)
+    return model
+
+
 BAD: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
     "nan in parameters": (with_nan, (X, Y), {}, ValueError, "1 NaN or infinite values in bias"),
     "nan in inputs": (linear, (X + float("nan"), Y), {}, ValueError, "`inputs` must be finite"),
@@ -553,6 +658,7 @@ BAD: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
     "no samples": (linear, (X[:0], Y[:0]), {}, ValueError, "at least one sample"),
     "nothing to train": (frozen, (X, Y), {}, ValueError, "trainable parameter, got none"),
     "complex parameters": (complex_model, (X, Y), {}, TypeError, "weight of torch.complex64"),
+    "integer parameters": (integers, (X, Y), {}, ValueError, "trainable parameter, got none"),
     "complex data": (linear, (X, Y + 0j), {}, TypeError, "`targets` must be real"),
     "other device": (
         linear, (X, Y.to("meta")), {}, ValueError, "`targets` must be on the model's device cpu",
@@ -615,6 +721,30 @@ def test_an_iterable_dataset_needs_a_loader() -> None:
 
     with pytest.raises(TypeError, match="as a DataLoader"):
         fit(linear(), Stream())
+
+
+def test_a_nan_in_a_loaders_batch_is_named() -> None:
+    broken = X.clone()
+    broken[5] = float("nan")
+    with pytest.raises(ValueError, match="`inputs` must be finite, got 1 NaN"):
+        fit(linear(), DataLoader(TensorDataset(broken, Y + 1), batch_size=3), max_steps=50)
+
+
+def test_a_loader_that_shuffles_is_asked_once_for_each_batch() -> None:
+    """All trials of a step see the batch that came first, whatever the loader would give next."""
+    drawn: list[Any] = []
+
+    class Noted(TensorDataset):
+        def __getitem__(self, i: Any) -> Any:
+            drawn.append(i)
+            return super().__getitem__(i)
+
+    x, y = curve(40)
+    result = fit(net(), DataLoader(Noted(x, y), batch_size=10, shuffle=True), max_steps=60)
+    assert result.nit < result.steps  # some trials were rejected
+    per_epoch = [sorted(drawn[k : k + 40]) for k in range(0, len(drawn) - 39, 40)]
+    assert per_epoch and all(one == list(range(40)) for one in per_epoch)
+    assert len(drawn) <= 10 * result.steps
 
 
 def test_parameters_on_two_devices_are_named() -> None:
