@@ -19,9 +19,10 @@ import math
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import _picture
 import numpy as np
 import torch
 from scipy.optimize import OptimizeResult
@@ -201,26 +202,15 @@ def run_other(name: str, model: Burgers, data: tuple[Tensor, Tensor], seconds: f
         optimizer.step(closure)
 
 
-def draw(reference: Reference, model: Burgers, path: Path) -> None:
-    if find_spec("matplotlib") is None:
-        print("no picture: matplotlib is not installed")
-        return
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
+def paint(figure: Any, reference: Reference, model: Burgers) -> None:
     u = reference.values(model)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     image = left.pcolormesh(reference.t, reference.x, u, cmap="RdBu", shading="gouraud")
     figure.colorbar(image, ax=left, label="u")
     left.set(xlabel="t", ylabel="x", title="network")
     image = right.pcolormesh(reference.t, reference.x, np.abs(u - reference.u), shading="gouraud")
     figure.colorbar(image, ax=right, label="|u - exact|")
     right.set(xlabel="t", ylabel="x", title="error")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    print(f"wrote {path}")
 
 
 def main() -> None:
@@ -253,7 +243,7 @@ def main() -> None:
         run_other(name, other, data, taken)
         others[name] = reference.error(other)
         print(f"{name}: relative error {others[name]:.2e} after {taken:.0f} s")
-    draw(reference, model, args.out / "burgers.png")
+    _picture.write(args.out / "burgers.png", (10, 4), lambda f: paint(f, reference, model))
     assert error < min(others.values(), default=0.9 * start), (error, others)
     assert args.smoke or error < 1e-5, error
 

@@ -15,10 +15,10 @@ import argparse
 import gzip
 import itertools
 import time
-from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import _picture
 import numpy as np
 import torch
 from scipy.optimize import OptimizeResult
@@ -145,25 +145,14 @@ def lowest(trace: list[Point]) -> Point:
     return min(trace, key=lambda point: point.loss)
 
 
-def draw(lm: list[list[Point]], adam: list[list[Point]], path: Path) -> None:
-    if find_spec("matplotlib") is None:
-        print("no picture: matplotlib is not installed")
-        return
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+def paint(figure: Any, lm: list[list[Point]], adam: list[list[Point]]) -> None:
+    axes = figure.subplots()
     for color, (name, runs) in enumerate((("Levenberg-Marquardt", lm), ("Adam", adam))):
         for i, trace in enumerate(runs):
             label = name if i == 0 else None
             axes.plot([p.seconds for p in trace], [p.loss for p in trace], f"C{color}", label=label)
     axes.set(xlabel="wall time (s)", ylabel="test cross entropy", yscale="log")
     axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    print(f"wrote {path}")
 
 
 def main() -> None:
@@ -200,7 +189,7 @@ def main() -> None:
     if not first:
         return
     adam = [] if args.alone else beside(lm, images, args)
-    draw(lm, adam, args.out / "mnist.png")
+    _picture.write(args.out / "mnist.png", (7, 4.5), lambda f: paint(f, lm, adam))
     assert min(lowest(t).accuracy for t in lm) > (0.85 if args.data is None else 0.8)
 
 

@@ -18,9 +18,10 @@ import itertools
 import math
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import _picture
 import torch
 from scipy.optimize import OptimizeResult
 from torch import Tensor, nn
@@ -126,16 +127,8 @@ def best(trace: Trace) -> float:
     return min((value for _, value in trace), default=math.inf)
 
 
-def draw(traces: dict[str, list[Trace]], title: str, path: Path) -> None:
-    if find_spec("matplotlib") is None:
-        print("no picture: matplotlib is not installed")
-        return
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+def paint(figure: Any, traces: dict[str, list[Trace]], title: str) -> None:
+    axes = figure.subplots()
     for color, (name, runs) in enumerate(traces.items()):
         for i, trace in enumerate(runs):
             seconds, values = zip(*trace, strict=True)
@@ -143,9 +136,6 @@ def draw(traces: dict[str, list[Trace]], title: str, path: Path) -> None:
             axes.loglog(seconds, lowest, color=f"C{color}", lw=1, label=name if i == 0 else None)
     axes.set(xlabel="wall time (s)", ylabel="mean squared error", title=title)
     axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    print(f"wrote {path}")
 
 
 def main() -> None:
@@ -188,7 +178,7 @@ def main() -> None:
     if not args.alone:
         run("L-BFGS", lambda m: run_lbfgs(m, x, y, longest))
         run("Adam", lambda m: run_adam(m, x, y, longest))
-    draw(traces, title, args.out / "sinc.png")
+    _picture.write(args.out / "sinc.png", (7, 4.5), lambda f: paint(f, traces, title))
     lm = [best(t) for t in traces["LM, full batch"]]
     rest = [best(t) for name in ("L-BFGS", "Adam") for t in traces.get(name, [])]
     assert max(lm) < (enough if args.smoke else 10 * enough), lm

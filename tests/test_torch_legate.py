@@ -525,7 +525,10 @@ def test_dropout_leaves_torchs_random_numbers_alone() -> None:
 
 def example(name: str) -> Any:
     """An example as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    folder = ROOT / "examples"
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))  # for what the examples share
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
