@@ -49,7 +49,22 @@ def gauss_newton(
     xp: Namespace, sub: Subproblem, d: Array, D: Array, start: Array | None = None
 ) -> Step | None:
     """The undamped step, or None where the system is singular."""
+    if hasattr(sub, "reduced"):
+        small, ones = _reduced(xp, sub, d, start)
+        found = _solve(xp, small, 0.0, ones, ones, None)
+        return None if found is None else _lifted(sub, found)
     return _solve(xp, sub, 0.0, d, D, start)
+
+
+def _reduced(xp: Namespace, sub: Any, d: Array, start: Array | None) -> tuple[Any, Array]:
+    """The same subproblem in fewer unknowns, of a step as long, and its column scales."""
+    small = sub.reduced(d, start)
+    return small, xp.ones_like(small.grad)
+
+
+def _lifted(sub: Any, found: Step) -> Step:
+    """A step of the reduced subproblem in all unknowns (n,)."""
+    return found._replace(p=sub.lifted(found.p))
 
 
 def _solve(
@@ -103,6 +118,9 @@ def step(
         if not math.isfinite(length):
             raise LinAlgError("the products with the Jacobian overflow")
         return Step(p, length, float(length >= radius * (1.0 - SLACK)))
+    if hasattr(sub, "reduced"):
+        small, ones = _reduced(xp, sub, d, start)
+        return _lifted(sub, step(xp, small, ones, ones, radius, guess, epsilon))
     if radius == math.inf and guess > 0.0:
         return _damped(xp, sub, guess, d, D, start, epsilon)
     lo = mu = 0.0

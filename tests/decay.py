@@ -29,3 +29,15 @@ def nearly_dependent() -> tuple[np.ndarray, np.ndarray]:
     A = rng.standard_normal((300, 4))
     A[:, 3] = A[:, 2] + 1e-7 * rng.standard_normal(300)
     return A, A @ np.array([1.0, 2.0, 3.0, 4.0])
+
+
+def wide(xp: Any, n: int, m: int = 12) -> tuple[Any, Any]:
+    """fun and jac of m mildly nonlinear equations for n parameters of very different sizes."""
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal((m, n)) * 10 ** rng.uniform(-3, 3, n)
+    A, b = xp.array(a), xp.array(rng.standard_normal(m))
+
+    def jac(x: Any) -> Any:
+        return A * (1.0 + 0.1 * xp.cos(A @ x))[:, None]
+
+    return lambda x: A @ x + 0.1 * xp.sin(A @ x) - b, jac

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lmsolve import curve_fit, least_squares
-from tests.decay import X0, T, Y, jacobian, nearly_dependent, residual
+from tests.decay import X0, T, Y, jacobian, nearly_dependent, residual, wide
 from tests.nist import NAMES, digits, load
 
 pytestmark = pytest.mark.legate
@@ -114,6 +114,78 @@ def test_fewer_residuals_than_parameters(xp: Any, backend: Any) -> None:
     assert result.cost < 1e-20
     expected = least_squares(lambda x: A @ x - 1.0, np.zeros(6), lambda x: A)
     np.testing.assert_allclose(host(result.x), expected.x, rtol=1e-8, atol=1e-10)
+
+
+WIDE: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "robust": {"loss": "soft_l1"},
+    "own loss": {"loss": lambda z: np.stack([z, 1.0 + 0.0 * z, 0.0 * z])},
+    "bounded": {"bounds": (-0.01, 0.01)},
+    "bounded tightly, robust": {"bounds": (-1e-5, 1e-5), "loss": "huber"},
+}
+
+
+@pytest.mark.parametrize("options", WIDE.values(), ids=WIDE)
+@pytest.mark.parametrize("torch_blocks", [False, True])
+def test_wide_jacobians_stay_where_they_are(
+    xp: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], torch_blocks: bool
+) -> None:
+    from lmsolve.legate import _sums
+    from lmsolve.legate._blocks import TorchBlocks
+
+    if torch_blocks:  # what a GPU computes with, here on CPUs
+        monkeypatch.setattr(_sums, "_blocks", lambda: TorchBlocks("float64"))
+    m, n = 12, 301
+    expected = least_squares(wide(np, n)[0], np.zeros(n), wide(np, n)[1], **options)
+    fun, jac = wide(xp, n)
+    transfers = Transfers(xp, monkeypatch)
+    result = least_squares(fun, xp.zeros(n), jac, backend="cupynumeric", **options)
+    assert max(transfers.sizes) <= 8 * n  # x0; J would be m times that
+    residuals = [size for size in transfers.sizes if size == 8 * m]
+    assert len(residuals) == result.nfev
+    if "bounds" not in options:
+        # A launch for the step, and at an accepted point one for the gradient and one for K.
+        launches = [size for size in transfers.sizes if size == 64]
+        assert len(launches) <= (result.nfev + 1) + 2 * result.njev
+    monkeypatch.undo()
+    assert (result.nfev, result.njev) == (expected.nfev, expected.njev)
+    assert result.cost == pytest.approx(expected.cost, rel=1e-9, abs=1e-20)
+    np.testing.assert_allclose(host(result.x), expected.x, rtol=1e-6, atol=1e-9)
+    assert result.rank == expected.rank
+    assert isinstance(result.jac, xp.ndarray)
+
+
+def test_wide_jacobians_of_dependent_rows_go_over_to_qr(xp: Any) -> None:
+    A = np.random.default_rng(0).standard_normal((5, 40))
+    A[3] = A[4] + 1e-9 * A[3]
+    b = A @ np.linspace(-1.0, 1.0, 40)
+    expected = least_squares(lambda x: A @ x - b, np.zeros(40), lambda x: A)
+    for module in (np, xp):  # NumPy's columns are read by the tasks
+        a, c = module.array(A), module.array(b)
+        result = least_squares(
+            lambda x, a=a, c=c: a @ x - c,
+            module.zeros(40),
+            lambda x, a=a: a,
+            backend="cupynumeric",
+        )
+        assert result.state.escalated
+        np.testing.assert_allclose(host(result.x), expected.x, atol=1e-6)
+
+
+def test_wide_jacobians_in_single_precision(xp: Any) -> None:
+    A = np.random.default_rng(0).standard_normal((5, 40))
+    a, b = xp.array(A.astype("f4")), xp.array((A @ np.linspace(-1.0, 1.0, 40)).astype("f4"))
+    result = least_squares(
+        lambda x: a @ x - b,
+        xp.zeros(40, dtype="f4"),
+        lambda x: a,
+        backend="cupynumeric",
+        max_nfev=5,
+    )
+    assert result.x.dtype == np.float32
+    d = 1.0 / np.linalg.norm(A, axis=0)  # of the least scaled norm
+    expected = d * (np.linalg.pinv(A * d) @ host(b))
+    np.testing.assert_allclose(host(result.x), expected, atol=1e-5)
 
 
 def test_streamed_blocks(xp: Any, backend: Any) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from lmsolve import least_squares
-from tests.decay import X0, T, Y, jacobian, residual
+from tests.decay import X0, T, Y, jacobian, residual, wide
 
 #: A second per Legate operation and rank on a busy machine of two cores; a hang takes for ever.
 LIMIT = 540
@@ -56,6 +56,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         "fitted_by_torch",
         "fitted_arrays",
         "streamed_arrays",
+        "wide_arrays",
         "reduced_by_qr",
     ],
 )
@@ -81,6 +82,12 @@ def test_arrays_of_two_ranks_fit_as_those_of_one_process(found: list[dict[str, A
     expected = least_squares(residual, X0, jacobian, args=(T, Y), max_nfev=4)
     for check in ("fitted_arrays", "streamed_arrays"):
         assert float.fromhex(found[0][check]["cost"]) == pytest.approx(expected.cost, rel=1e-9)
+
+
+def test_wide_arrays_of_two_ranks_fit_as_those_of_one_process(found: list[dict[str, Any]]) -> None:
+    fun, jac = wide(np, 30, 4)
+    expected = least_squares(fun, np.zeros(30), jac, bounds=(-0.01, 0.01), max_nfev=3)
+    assert float.fromhex(found[0]["wide_arrays"]["cost"]) == pytest.approx(expected.cost, rel=1e-9)
 
 
 def test_ill_conditioned_rows_of_two_ranks_are_reduced_by_qr(found: list[dict[str, Any]]) -> None:

@@ -75,14 +75,21 @@ class Called:
 
     def _taken(self, value: Any, x: np.ndarray) -> Any:
         if is_cupynumeric(value):
-            floating = value.dtype.kind in "fc" and value.ndim in (1, 2)
-            m, n = value.shape[0] if value.ndim else 1, x.shape[0]
-            return value if floating and m >= n and self._pays(m, n) else to_numpy(value)
+            return value if self._stays(value, x.shape[0]) else to_numpy(value)
         if isinstance(value, tuple):
             return tuple(self._taken(v, x) for v in value)
         if hasattr(value, "__next__"):
             return (self._taken(v, x) for v in value)
         return value
+
+    def _stays(self, value: Any, n: int) -> bool:
+        """Whether residuals or a Jacobian stay: of m < n rows only a real Jacobian does."""
+        if value.dtype.kind not in "fc" or value.ndim not in (1, 2):
+            return False
+        m = value.shape[0]
+        if m < n:
+            return value.ndim == 2 and value.dtype.kind == "f" and self._pays(n, m)
+        return self._pays(m, n)
 
 
 def _callback(callback: Any) -> Any:

@@ -92,14 +92,14 @@ class RowSums:
 
     def cost(self, layout: Layout, x: np.ndarray) -> float:
         """The cost at x (n,): one launch, one read."""
-        costs = self._launch(CostJob(self.functions, layout, x))
+        costs = self.launch(CostJob(self.functions, layout, x))
         return float(costs[:, 0].sum())
 
     def subproblem(self, layout: Layout, x: np.ndarray) -> NormalEquations:
         """The sums of J at x (n,): one launch, one read of n^2 + n numbers."""
         n = self.functions.n
         place = self.place(layout, n * (n + 1), "The sums J'J")
-        counts = self._launch(SumsJob(self.functions, layout, x, place))
+        counts = self.launch(SumsJob(self.functions, layout, x, place))
         self.m = int(counts[:, 0].sum())
         sums = place.total().astype(x.dtype, copy=False)
         gram, grad = sums[: n * n].reshape(n, n), sums[n * n :]
@@ -113,7 +113,7 @@ class RowSums:
         """
         n1 = self.functions.n + 1
         place = self.place(layout, n1**2, "The triangular factors")
-        self._launch(TriangleJob(self.functions, layout, x, place, factors))
+        self.launch(TriangleJob(self.functions, layout, x, place, factors))
         stacked = place.read().reshape(layout.shards * n1, n1)
         factor: np.ndarray = np.linalg.qr(stacked, mode="r")  # type: ignore[assignment]
         return factor.astype(x.dtype, copy=False)
@@ -143,7 +143,8 @@ class RowSums:
             self._tables[size] = table = self.tasks.Table(layout.shards, size, layout.target)
         return table
 
-    def _launch(self, job: RowJob) -> np.ndarray:
+    def launch(self, job: RowJob) -> np.ndarray:
+        """Run a job; what its shards returned."""
         layout, place = job.layout, job.place
         outputs = () if place is None else place.outputs
         status = self.tasks.launch(job, layout.shards, layout.target, layout.parts, outputs)
@@ -248,6 +249,12 @@ class RowJob(ABC):
     @abstractmethod
     def _evaluate(self, x: Array, shard: _tasks.Shard) -> float:
         """The shard's number."""
+
+    def _put(self, shard: _tasks.Shard, values: np.ndarray) -> None:
+        """Write the shard's numbers to their place."""
+        from . import _tasks
+
+        _tasks.write(self.place.row(shard), values.reshape(1, -1), shard.stream)
 
     def _blocks(self, shard: _tasks.Shard) -> Iterator[tuple[tuple[Any, ...], int]]:
         """The arguments of the functions for each block of the shard, and its number of rows."""

@@ -28,6 +28,7 @@ from ._blas import one_thread
 from ._blocks import NumpyBlocks, TorchBlocks
 from ._reduce import CostJob, RowSums, SumsJob, cost_of, rows_of_block
 from ._start import check_startable
+from ._wide import WideEquations
 
 if TYPE_CHECKING:
     from ._reduce import Layout
@@ -65,9 +66,15 @@ class ShardedSums(LocalSums):
 
     def subproblem(self, xp: Namespace, J: Array, r: Array, loss: Loss | None) -> Subproblem:
         """Subproblem of J (m, n) and r (m,): one launch, and one read of the sums."""
-        if J.shape[0] < J.shape[1] or not self.takes(J, r):
-            return LOCAL.subproblem(xp, to_numpy(J), to_numpy(r), loss)
         m, n = J.shape
+        if not self.takes(J.T if m < n else J, r):
+            return LOCAL.subproblem(xp, to_numpy(J), to_numpy(r), loss)
+        if m < n:
+            r = to_numpy(r)
+            w = np.ones_like(r)
+            if loss is not None:
+                w, r = loss.weights(xp, r)
+            return WideEquations(J, r, w, _blocks())
         sums = self.reductions(n, loss)
         return sums.subproblem(sums.layout(m, (J, *parts(r, loss))), np.zeros(1, dtype=r.dtype))
 
@@ -75,7 +82,7 @@ class ShardedSums(LocalSums):
         self, J: Array, r: Array, loss: Loss | None
     ) -> tuple[np.ndarray, np.ndarray | None] | None:
         """Of J (m, n) that stayed in Legate's memory: a launch and a read, two with a loss."""
-        if not is_cupynumeric(J):
+        if not is_cupynumeric(J) or J.shape[0] < J.shape[1]:
             return None
         m, n = J.shape
         sums = self.reductions(n, loss)

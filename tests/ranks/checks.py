@@ -17,7 +17,7 @@ import numpy as np
 from lmsolve import least_squares
 from lmsolve.legate import rows
 from lmsolve.legate._start import start
-from tests.decay import X0, T, Y, jacobian, nearly_dependent, residual
+from tests.decay import X0, T, Y, jacobian, nearly_dependent, residual, wide
 
 xp = start()
 from legate.core import get_legate_runtime  # noqa: E402  starts Legate, which start() does politely
@@ -99,6 +99,15 @@ def arrays() -> tuple[Any, Any]:
     return fun, jac
 
 
+def wide_arrays() -> dict[str, Any]:
+    """More parameters than residuals, whose Jacobian is cut into columns."""
+    fun, jac = wide(xp, 30, 4)
+    result = least_squares(
+        fun, xp.zeros(30), jac, bounds=(-0.01, 0.01), backend="cupynumeric", max_nfev=3
+    )
+    return {"cost": result.cost.hex(), "bits": np.asarray(result.x).tobytes().hex()}
+
+
 def reduced_by_qr() -> dict[str, Any]:
     """An ill-conditioned problem goes over to the triangular factors of both ranks."""
     A, b = nearly_dependent()
@@ -152,6 +161,7 @@ CHECKS: tuple[Callable[[], dict[str, Any]], ...] = (
     fitted_by_torch,
     fitted_arrays,
     streamed_arrays,
+    wide_arrays,
     reduced_by_qr,
     exception_of_one_rank,
     trouble_of_one_rank,

@@ -1,0 +1,169 @@
+"""The step of a wide Jacobian, m < n, whose rows are products away in Legate's tasks.
+
+The columns of J are the rows of a tall matrix J' (n, m), which the jobs of `_reduce` take shard by
+shard. With w (m,) the weights of a robust loss they give, at an accepted point, the gradient and
+the norms of the columns, n numbers each, and for column scales d
+
+    K = A A',    A = diag(w) J diag(d) = L Q,    L L' = K,    Q Q' = I.
+
+q = Q'y is as long as y (m,), so the trust region of the step ``q = p / d`` is one of m parameters
+whose Jacobian is L: the host solves it, and a trial takes one product, ``p = d A' z`` with
+``L'z = y``. Where K is ill-conditioned L is the triangular factor of A' instead.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy.linalg import solve_triangular
+
+from lmsolve._linalg import LinAlgError
+from lmsolve._subproblem import ESCALATE, DualEquations, Rows
+from lmsolve._xp import Array, array_namespace, to_numpy
+
+from . import _memory
+from ._reduce import RowJob, RowSums, rows_of_block
+
+if TYPE_CHECKING:
+    from ._blocks import NumpyBlocks, TorchBlocks
+    from ._reduce import Layout
+    from ._tasks import Shard
+
+
+class WideEquations:
+    """Subproblem of J (m, n) with m < n; r and the weights w (m,) of its rows are NumPy's."""
+
+    def __init__(
+        self, J: Array, r: np.ndarray, w: np.ndarray, blocks: NumpyBlocks | TorchBlocks
+    ) -> None:
+        self._sums = RowSums(ColumnFunctions(J.shape[0], blocks))
+        self._Jt, self._r, self._w = J.T, r, w
+        layout = self._layout()
+        # The shards of columns may be copies, where the array was cut into rows.
+        _memory.require(2 * layout.resident, layout.option, "A wide Jacobian and its columns")
+        both = self._columns(layout, np.concatenate([w * r, w]), 2)
+        self.grad, self.norms = both[0], np.sqrt(both[1])
+        self._d: np.ndarray | None = None
+        self._L = np.empty((0, 0))
+        self._small: DualEquations | None = None
+        self._last: tuple[Any, Any] = (None, None)
+        self.escalated = False
+
+    def reduced(self, d: np.ndarray, start: np.ndarray | None) -> DualEquations:
+        """The subproblem in y (m,), whose column scales are ones."""
+        if self._d is not d:
+            self._factor(d)
+        r = self._r if start is None else self._r + self._matvec(start)
+        self._small = DualEquations(np, Rows(np, self._L, r))
+        return self._small
+
+    def lifted(self, y: np.ndarray) -> np.ndarray:
+        """The step p (n,) of y (m,): one launch, and one read of n numbers."""
+        assert self._d is not None
+        if self.escalated:  # L may be singular, and y is in the range of L'
+            z = np.linalg.lstsq(self._L.T, y, rcond=None)[0]
+        else:
+            z = solve_triangular(self._L, y, trans=1, lower=True)
+        p = self._d**2 * self._columns(self._layout(), self._w * z, 1)[0]
+        p = p.astype(self._r.dtype, copy=False)
+        self._last = p, self._L @ y
+        return p
+
+    def solve(self, mu: float, d: np.ndarray, start: np.ndarray | None = None) -> np.ndarray:
+        """Step p (n,); see Subproblem."""
+        return self.lifted(self.reduced(d, start).solve(mu, np.ones_like(self._r)))
+
+    def reduction(self, p: np.ndarray) -> Array:
+        """0-d model decrease: without a launch for a step that was just lifted."""
+        last, Jp = self._last
+        if p is not last:
+            Jp = self._matvec(p)
+        return -(self._r @ Jp + 0.5 * (Jp @ Jp))
+
+    def rank(self) -> int | None:
+        """Numerical rank of J d, where the last solve knows it."""
+        return None if self._small is None else self._small.rank()
+
+    def _factor(self, d: np.ndarray) -> None:
+        """L (m, m) for the column scales d (n,)."""
+        layout = self._layout(d)
+        K = self._sums.subproblem(layout, self._w).gram
+        self._d, self.escalated = d, False
+        try:
+            self._L = np.linalg.cholesky(K)
+            ill = self._L.diagonal().min() ** 2 < ESCALATE * K.diagonal().max()
+        except LinAlgError:
+            ill = True
+        if ill:
+            m = self._r.shape[0]
+            self._L = self._sums.triangle(layout, self._w)[:m, :m].T
+            self.escalated = True
+
+    def _layout(self, *data: np.ndarray) -> Layout:
+        doubles = [a.astype(float, copy=False) for a in data]
+        return self._sums.layout(self._Jt.shape[0], (self._Jt, *doubles))
+
+    def _columns(self, layout: Layout, x: np.ndarray, count: int) -> np.ndarray:
+        """What ColumnJob says of x (count m,), array (count, n): one launch, one read."""
+        place = self._sums.place(layout, count * layout.tile, "The columns of J")
+        self._sums.launch(ColumnJob(self._sums.functions, layout, x, place))
+        found = place.read().reshape(layout.shards, count, layout.tile)
+        return np.concatenate(list(found), axis=1)[:, : layout.m].astype(self._r.dtype)
+
+    def _matvec(self, p: np.ndarray) -> np.ndarray:
+        """Weighted J p (m,): one launch, and one read of m numbers."""
+        layout = self._layout(p)
+        place = self._sums.place(layout, self._r.shape[0], "The products with J")
+        self._sums.launch(MatvecJob(self._sums.functions, layout, self._w, place))
+        return place.total().astype(self._r.dtype)
+
+
+class ColumnFunctions:
+    """What the jobs of `_reduce` ask for, from rows of J' with their column scales."""
+
+    numbered = False
+
+    def __init__(self, m: int, blocks: NumpyBlocks | TorchBlocks) -> None:
+        self.n, self.blocks, self.block_rows = m, blocks, rows_of_block(m)
+
+    def cost(self, x: Array, block: tuple[Any, ...], b: int) -> Array:
+        """There is none of columns."""
+        raise NotImplementedError
+
+    def linear(self, x: Array, block: tuple[Any, ...], b: int) -> tuple[Array, Array, None]:
+        """Zeros (b,) and A' (b, m) at weights x (m,)."""
+        Jt, d = block
+        return 0.0 * d, Jt * d[:, None] * x[None, :], None
+
+
+class ColumnJob(RowJob):
+    """J'x for the columns of a shard, and the squared norms of diag(w) J if x goes on with w."""
+
+    def _evaluate(self, x: Array, shard: Shard) -> float:
+        m = self._functions.n
+        count = x.shape[0] // m
+        out = np.zeros((count, self.layout.tile))
+        done = 0
+        xp = array_namespace(x)
+        for (Jt,), b in self._blocks(shard):
+            Jt = xp.astype(Jt, x.dtype, copy=False)
+            out[0, done : done + b] = to_numpy(Jt @ x[:m])
+            if count == 2:
+                out[1, done : done + b] = to_numpy(xp.sum((Jt * x[m:]) ** 2, axis=1))
+            done += b
+        self._put(shard, out)
+        return 0.0
+
+
+class MatvecJob(RowJob):
+    """The part of a shard's columns in the product with a vector, at weights x (m,)."""
+
+    def _evaluate(self, x: Array, shard: Shard) -> float:
+        total = np.zeros(self._functions.n)
+        xp = array_namespace(x)
+        for (Jt, p), _ in self._blocks(shard):
+            Jt = xp.astype(Jt, x.dtype, copy=False)
+            total += to_numpy(x * (Jt.T @ p))
+        self._put(shard, total)
+        return 0.0
