@@ -11,8 +11,9 @@ import pytest
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402  (after the skip)
 
-from lmsolve.torch import _chain  # noqa: E402
-from lmsolve.torch._chain import Chain, ChainProblem, verified  # noqa: E402
+from lmsolve.torch import _chain_problem, _jacobian  # noqa: E402
+from lmsolve.torch._chain import Chain  # noqa: E402
+from lmsolve.torch._chain_problem import ChainProblem, verified  # noqa: E402
 from lmsolve.torch._descent import Descent  # noqa: E402
 from lmsolve.torch._jacobian import Plan  # noqa: E402
 from lmsolve.torch._losses import from_loss, from_residual  # noqa: E402
@@ -57,7 +58,9 @@ def setup(model: nn.Module, loss: str = "mse", dtype: Any = torch.float64) -> tu
 
 def problems(network: Any, batch: Any, settings: Any, monkeypatch: Any) -> tuple[Any, Any]:
     """The general problem and the chain's, in small blocks."""
-    monkeypatch.setattr(_chain, "block_rows", lambda n, dtype: 32 // torch.get_num_threads())
+    monkeypatch.setattr(
+        _chain_problem, "block_rows", lambda n, dtype: 32 // torch.get_num_threads()
+    )
     k = network.judge(network.parameters.unpack(start(network)), batch, 1.0).rows.shape[1]
     plan = Plan("factors", k, False, 40)
     chain = Chain.of(network)
@@ -183,3 +186,18 @@ def test_a_fit_takes_the_chain_where_the_normal_equations_fit() -> None:
     assert costs[-1] < 0.5 * costs[0]
     assert type(placed(10).problem) is NetworkProblem  # wider than the batch: the dual form
     assert type(placed(B, memory=20_000).problem) is NetworkProblem  # the activations do not fit
+
+
+def test_no_other_way_is_timed_for_a_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first use of torch.func in a process takes most of a second."""
+    network, batch = setup(mlp(2, 5, 1))
+    timed: list[str] = []
+    verified_time = _jacobian._verified_time
+
+    def noted(network: Any, batch: Any, point: Any, plan: Any) -> Any:
+        timed.append(plan.way)
+        return verified_time(network, batch, point, plan)
+
+    monkeypatch.setattr(_jacobian, "_verified_time", noted)
+    Session(network.module, Options(), Descent()).place(batch, 0)
+    assert timed == ["factors"]

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from ._chain import Chain, ChainProblem, verified
+from ._chain import Chain
+from ._chain_problem import ChainProblem, verified
 from ._cluster import Cluster
 from ._descent import START, START_LOSS, Descent, FitState
 from ._jacobian import Plan, Point, choose
