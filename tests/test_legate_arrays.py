@@ -272,6 +272,28 @@ def test_a_large_product_goes_to_legate_and_a_small_one_does_not(
     assert launches[0] == 0
 
 
+@pytest.mark.parametrize(("m", "goes"), [(50, False), (250, True)])
+def test_a_wide_product_of_numpy_goes_to_legate_where_it_pays(
+    monkeypatch: pytest.MonkeyPatch, m: int, goes: bool
+) -> None:
+    from lmsolve.legate import _sums
+
+    made = []
+
+    class Counted(_sums.WideEquations):
+        def __init__(self, *arguments: Any) -> None:
+            made.append(1)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(_sums, "WideEquations", Counted)
+    A = np.random.default_rng(0).standard_normal((m, 20_000))
+    result = least_squares(
+        lambda x: A @ x - 1.0, np.zeros(20_000), lambda x: A, backend="auto", max_nfev=2
+    )
+    assert len(made) == (result.njev if goes else 0)
+    np.testing.assert_allclose(A @ result.x, 1.0, atol=1e-9)
+
+
 class Transfers:
     """Counts what reaches the host: arrays of cuPyNumeric, and stores that tasks wrote."""
 
