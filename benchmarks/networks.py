@@ -220,11 +220,11 @@ def in_process(*task: Any, threads: int | None = None) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def report_steps(peers: list[str], smoke: bool) -> dict[str, Any]:
+def report_steps(peers: list[str], smoke: bool, counts: list[int]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     print(f"\n{'one accepted step':30s}{'':28s}{'wall':>10s}{'processor':>12s}{'peak':>10s}")
     shapes = SMOKE_SHAPES if smoke else SHAPES
-    for (name, shape), threads in itertools.product(shapes.items(), (1, 2)):
+    for (name, shape), threads in itertools.product(shapes.items(), counts):
         title = f"{name}, {threads} thread{'s' * (threads > 1)}"
         rows: dict[str, dict[str, float]] = {}
         for _ in range(1 if smoke else 3):  # in turn, for the machine's load changes
@@ -290,6 +290,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="of a step")
     parser.add_argument("--seconds", type=float, default=30.0, help="a run of a ladder")
     parser.add_argument("--seeds", type=int, default=3, help="of a ladder")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="of a ladder")
@@ -314,7 +315,7 @@ def main() -> None:
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() and not args.smoke else {}
     for part in args.only:
         if part == "steps":
-            found = report_steps(peers, args.smoke)
+            found = report_steps(peers, args.smoke, args.threads)
         elif part == "features":
             found = report_features(peers)
         else:
