@@ -28,6 +28,10 @@ CHOLESKY_QR = 200_000
 PASSES, SHIFT, ORTHONORMAL = 3, 10.0, 0.1
 
 
+#: Rounds after which an inverse iteration knows the smallest singular value within a factor of two.
+INVERSE_ITERATIONS = 3
+
+
 class Cholesky:
     """Factor of a symmetric positive definite matrix (n, n); LinAlgError if it is not one.
 
@@ -211,6 +215,28 @@ def qr_r(xp: Namespace, A: Array) -> Array:
         factor = geqrf(A, overwrite_a=1)[0]
         return np.triu(factor[: min(A.shape)])
     return xp.linalg.qr(A, mode="reduced")[1]
+
+
+def smallest_singular_value(R: np.ndarray) -> float:
+    """Estimate of that of an upper triangle R (n, n), not below it, by inverse iteration.
+
+    Zero if R is singular or has a NaN.
+    """
+    v, size = np.ones(R.shape[0], dtype=R.dtype), 0.0
+    for _ in range(INVERSE_ITERATIONS):
+        v = back_substituted(R, back_substituted(R, v, transposed=True))
+        size = float(np.linalg.norm(v))
+        if not 0.0 < size < np.inf:
+            return 0.0
+        v /= size
+    return float(size**-0.5)
+
+
+def back_substituted(R: np.ndarray, c: np.ndarray, transposed: bool = False) -> np.ndarray:
+    """Solution (n,) of ``R y = c`` or ``R' y = c`` for an upper triangle R (n, n); NaN if none."""
+    trtrs = lapack.strtrs if R.dtype == np.float32 else lapack.dtrtrs
+    y, info = trtrs(R, c, lower=0, trans=int(transposed))
+    return np.full_like(c, np.nan) if info else np.asarray(y)
 
 
 def svd(xp: Namespace, A: Array) -> tuple[Array, Array, Array]:

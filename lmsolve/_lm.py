@@ -53,6 +53,10 @@ POLISHED = 3e-10
 #: The same where the step still promises a decrease: residuals that vanish at the solution, where
 #: convergence is quadratic and one more step is worth its cost.
 VANISHING = 1e-12
+#: Where a polishing step promises less than this share of the cost's rounding, and is not half as
+#: long as the one before, rounding is what moves it: ill-conditioned fits took all the steps there
+#: are to no avail.
+SPENT = 0.001
 #: Steps of a polish, at most.
 POLISH_STEPS = 20
 #: A Gauss-Newton step that fails casts doubt on the convergence if it is larger than this.
@@ -402,6 +406,8 @@ class LevenbergMarquardt:
         # Slow convergence is not monotonic; in single precision what follows is rounding errors.
         patience = 4.0 if precision < 1e-10 else 1.0
         stagnant = state.polished > 1 and change > patience * state.length
+        if state.polished > 1 and predicted <= SPENT * precision * state.cost:
+            stagnant = change > 0.5 * state.length
         if stagnant or state.polished >= POLISH_STEPS:
             return ended
         p, trail = mixed(xp, state, step, point.D)
@@ -415,7 +421,7 @@ class LevenbergMarquardt:
         noise = 8.0 * precision * (state.cost + rnorm * terms)
         converged = predicted <= self.ftol * state.cost
         settled = converged and change <= SETTLED
-        state = state._replace(nfev=state.nfev + 1)
+        state = state._replace(nfev=state.nfev + 1, escalated=sub.escalated)
         if cost_new <= state.cost + noise:
             new = state._replace(
                 x=x_new,

@@ -94,3 +94,25 @@ def test_cholesky_qr_is_as_good_as_householder(condition, weighted):
 def test_cholesky_qr_leaves_a_singular_matrix_to_householder():
     J = np.ones((400, 3))
     assert _linalg.cholesky_qr(J, np.arange(400.0), np.ones(3), None, J.T @ J) is None
+
+
+@pytest.mark.parametrize("smallest", [1.0, 1e-6, 1e-13])
+def test_the_smallest_singular_value_of_a_triangle(smallest):
+    rng = np.random.default_rng(5)
+    U, V = (np.linalg.qr(rng.standard_normal((40, 40)))[0] for _ in range(2))
+    R = np.linalg.qr(U @ np.diag(np.geomspace(10.0, smallest, 40)) @ V, mode="r")
+    assert smallest * 0.99 <= _linalg.smallest_singular_value(R) <= 2.0 * smallest
+
+
+@pytest.mark.parametrize("bad", [0.0, np.nan])
+def test_a_triangle_that_is_singular_has_the_singular_value_zero(bad):
+    R = np.triu(np.ones((3, 3)))
+    R[1, 1] = bad
+    assert _linalg.smallest_singular_value(R) == 0.0
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_back_substitution(transposed):
+    R = np.triu(np.random.default_rng(6).standard_normal((5, 5))) + 4 * np.eye(5)
+    y = _linalg.back_substituted(R, np.arange(5.0), transposed)
+    np.testing.assert_allclose((R.T if transposed else R) @ y, np.arange(5.0), atol=1e-14)

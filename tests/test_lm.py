@@ -304,3 +304,20 @@ def test_robust_fits_do_not_crawl(loss, bounds):
     assert result.success
     assert result.nfev < 100
     assert result.grad == pytest.approx(0.0, abs=1e-4 * np.abs(result.jac).max() * scale)
+
+
+@pytest.mark.parametrize("condition", [1e5, 1e7, 1e9])
+def test_an_ill_conditioned_fit_ends_where_rounding_moves_it(condition):
+    rng = np.random.default_rng(1)
+    A = rng.standard_normal((3000, 12))
+    A[:, 6:] = A[:, :6] + A[:, 6:] / condition
+    y = np.tanh(A @ rng.normal(0, 0.3, 12)) + 0.01 * rng.standard_normal(3000)
+
+    def jac(x):
+        return (1 - np.tanh(A @ x) ** 2)[:, None] * A
+
+    result = least_squares(lambda x: np.tanh(A @ x) - y, np.zeros(12), jac)
+    assert result.success
+    polish = [i for i in result.history if i.polishing]
+    assert len(polish) <= 6
+    assert all(i.escalated for i in polish)

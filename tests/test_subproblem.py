@@ -171,3 +171,14 @@ def test_matrices_that_are_not_kept_take_the_same_steps(monkeypatch, large):
     assert frugal._scaled is None
     assert (frugal._by is None) == (large == 1)
     np.testing.assert_allclose(frugal.gram, J.T @ J, rtol=1e-14)
+
+
+def test_undamped_steps_of_full_rank_need_no_singular_values():
+    J, r, Rw = rows(Library.named("numpy"), 30, 8)
+    sub = Factored(np, Rw, J.T @ r, np.linalg.norm(J, axis=0))
+    d = np.random.default_rng(3).uniform(0.3, 3, 8)
+    step = sub.solve(0.0, d)
+    assert sub._svd is None and sub.rank() == 8
+    np.testing.assert_allclose(step, np.linalg.lstsq(J, -r, rcond=None)[0], rtol=1e-12)
+    sub._full_rank = False
+    np.testing.assert_allclose(sub.solve(0.0, d), step, rtol=1e-12)  # by the decomposition
