@@ -39,7 +39,7 @@ class _Triangle:
 def start_at(p0: Any, names: list[str] | None, bounds: Any, ydata: Any) -> tuple[Any, int]:
     """p0 and its length."""
     if p0 is not None:
-        p0 = p0 if is_array(p0) else np.atleast_1d(p0)
+        p0 = p0 if type(p0) is np.ndarray or is_array(p0) else np.atleast_1d(p0)
         return p0, math.prod(p0.shape)
     if not names:
         raise ValueError(
@@ -79,7 +79,7 @@ def data(
         _finite(ydata, "ydata", check)
         return xdata, ydata, sigma
     y = _floats(ydata, "ydata", check)
-    if isinstance(xdata, list | tuple | np.ndarray):
+    if type(xdata) is np.ndarray or isinstance(xdata, list | tuple | np.ndarray):
         xdata = _floats(xdata, "xdata", check)
     elif hasattr(xdata, "to_numpy") and getattr(xdata.dtype, "kind", "") in tuple("fiu"):
         # A column of a table: in single precision its model's differences would be too.
@@ -94,6 +94,9 @@ def data(
 
 def _floats(a: Any, name: str, check: bool) -> np.ndarray:
     """``a`` as float64, complex kept, with NaN and infinity refused."""
+    if type(a) is np.ndarray and a.dtype == np.float64:
+        _finite(a, name, check)
+        return a
     if isinstance(a, np.ma.MaskedArray) and np.ma.is_masked(a):
         raise ValueError(f"`{name}` must not be masked, got {np.ma.count_masked(a)} masked values.")
     try:

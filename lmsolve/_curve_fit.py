@@ -16,12 +16,14 @@ from scipy.optimize import OptimizeWarning
 
 from . import _validate
 from ._curve_data import data, start_at, whitening
-from ._fit import UNBOUNDED
+from ._fit import UNBOUNDED, Fit, Options
 from ._least_squares import least_squares
 from ._leastsq import info, translated
 from ._result import LeastSquaresResult
+from ._state import LMState
 from ._subproblem import NormalEquations
-from ._xp import Array, to_numpy
+from ._tiny import Linearisation
+from ._xp import FLOAT, Array, to_numpy
 
 #: Smallest squared pivot of the scaled normal matrix that `_well_conditioned` takes.
 QUICK = 1e-5
@@ -36,12 +38,21 @@ class CurveFit(tuple):  # type: ignore[type-arg]
         Standard errors, confidence intervals, history and the report; ``print`` shows the report.
     """
 
-    result: LeastSquaresResult
+    _result: LeastSquaresResult | Callable[[], LeastSquaresResult]
 
-    def __new__(cls, values: Sequence[Any], result: LeastSquaresResult) -> CurveFit:
+    def __new__(
+        cls, values: Sequence[Any], result: LeastSquaresResult | Callable[[], LeastSquaresResult]
+    ) -> CurveFit:
         self = super().__new__(cls, values)
-        self.result = result
+        self._result = result
         return self
+
+    @property
+    def result(self) -> LeastSquaresResult:
+        """The whole result; made when it is first asked for, which most small fits never are."""
+        if callable(self._result):
+            self._result = self._result()
+        return self._result
 
     def __str__(self) -> str:
         return str(self.result)
@@ -167,17 +178,31 @@ def curve_fit(
     whiten = whitening(sigma, ydata)
     residual = _Residual(f, xdata, ydata, whiten)
     derivative = partial(_jacobian, jac, xdata, whiten) if callable(jac) else (jac or "2-point")
-    result = least_squares(
-        residual, start, derivative, bounds, names=names, **translated(kwargs, n)
-    )
-    if result["status"] <= 0:
+    if kwargs or type(start) is not np.ndarray:
+        result = least_squares(
+            residual, start, derivative, bounds, names=names, **translated(kwargs, n)
+        )
+        result._context.absolute_sigma = absolute_sigma
+        return _complete(result, absolute_sigma, full_output)
+    # As `least_squares` does, with all defaults; the result is made when it is asked for.
+    fit = Fit(residual, start, bounds, None, (), None, Options(derivative), names)
+    state = fit.run(defers=not full_output)
+    made = partial(fit.result, state, absolute_sigma)
+    pcov = None
+    if fit.box is None and (state.status or 0) > 0 and not full_output:
+        pcov = _well_conditioned(state, fit.problem.J, absolute_sigma)
+    if pcov is None:
+        return _complete(made(), absolute_sigma, full_output)
+    return CurveFit((state.x, pcov), made)
+
+
+def _complete(result: LeastSquaresResult, absolute_sigma: bool, full_output: bool) -> CurveFit:
+    """What `curve_fit` returns of a result."""
+    if result.status <= 0:
         raise RuntimeError("Optimal parameters not found: " + result.message)
-    result._context.absolute_sigma = absolute_sigma
-    pcov = _pcov(result, absolute_sigma)
-    popt = result["x"]
-    values: tuple[Any, ...] = (popt, pcov)
+    values: tuple[Any, ...] = (result.x, _pcov(result, absolute_sigma))
     if full_output:
-        values = (popt, pcov, info(result), result.message, result.status)
+        values = (*values, info(result), result.message, result.status)
     return CurveFit(values, result)
 
 
@@ -205,6 +230,26 @@ class _Residual:
         if r.ndim > 1:  # (m,) against (m, 1), say: broadcast to (m, m)
             raise self._other_shape(values)
         return r if self.whiten is None else self.whiten(r)
+
+    def differences(
+        self, x: np.ndarray, steps: Sequence[float], r: np.ndarray, rows: np.ndarray
+    ) -> bool:
+        """Rows (n, m) of J' by one-sided differences of the model; False if it is unusual."""
+        if self.whiten is not None:
+            return False
+        f, xdata, p = self.f, self.xdata, list(x)
+        here = r + self.ydata  # f at x: to a rounding error, none where f is near the data
+        shape = r.shape
+        for j, h in enumerate(steps):
+            own = p[j]
+            p[j] = own + h
+            values = f(xdata, *p)
+            p[j] = own
+            if type(values) is not np.ndarray or values.dtype is not FLOAT or values.shape != shape:
+                return False
+            np.subtract(values, here, rows[j])
+        rows /= np.array(steps)[:, None]
+        return True
 
     def _other_shape(self, values: Any) -> ValueError:
         expected, got = tuple(self.ydata.shape), np.shape(values)
@@ -254,8 +299,10 @@ def _check_number(f: Any, n: int) -> None:
 
 def _check_inside(p0: Any, bounds: Any, n: int) -> None:
     """ValueError, in the words of this front door, unless p0 lies inside the bounds."""
+    if bounds is UNBOUNDED:
+        return
     host = to_numpy(p0)
-    if bounds is UNBOUNDED or host.dtype.kind not in "biuf" or host.ndim > 1:
+    if host.dtype.kind not in "biuf" or host.ndim > 1:
         return  # nothing to check, or another check's business
     lb, ub = _validate.host_bounds(bounds, n)
     outside = (host < lb) | (host > ub)
@@ -274,7 +321,7 @@ def _pcov(result: LeastSquaresResult, absolute_sigma: bool) -> np.ndarray:
     """
     context = result._context
     if context.loss is None and not context.held.any():
-        quick = _well_conditioned(result, absolute_sigma)
+        quick = _well_conditioned(result.state, result.jac, absolute_sigma)
         if quick is not None:
             return quick
     held, context.held = context.held, context.lb == context.ub
@@ -288,26 +335,32 @@ def _pcov(result: LeastSquaresResult, absolute_sigma: bool) -> np.ndarray:
         warnings.warn(
             "Covariance of the parameters could not be estimated",
             category=OptimizeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
         return np.full_like(cov, np.inf)
     return cov
 
 
-def _well_conditioned(result: LeastSquaresResult, absolute_sigma: bool) -> np.ndarray | None:
+def _well_conditioned(state: LMState, J: Any, absolute_sigma: bool) -> np.ndarray | None:
     """Covariance from the normal matrix, where its condition costs no digit that is printed.
 
     Relative errors are about ``eps / pivot``; a fifth of the time of `uncertainty`, which takes
     more of it than the rest of a small fit.
     """
-    sub, J = result["state"].point.subproblem, result["jac"]
-    if type(J) is not np.ndarray or type(sub) is not NormalEquations or J.shape[0] <= J.shape[1]:
+    sub = state.point.subproblem
+    if type(J) is not np.ndarray or J.shape[0] <= J.shape[1]:
         return None
-    L, inverse, info = dposv(sub.gram, np.eye(J.shape[1]), lower=1)
-    if info != 0 or ((L.diagonal() / sub.norms) ** 2).min() < QUICK:
+    if type(sub) is Linearisation:
+        inverse, pivot = sub.inverse()
+    elif type(sub) is NormalEquations:
+        L, inverse, info = dposv(sub.gram, np.eye(J.shape[1]), lower=1)
+        pivot = 0.0 if info else ((L.diagonal() / sub.norms) ** 2).min()
+    else:
+        return None
+    if not pivot >= QUICK:
         return None
     if not absolute_sigma:
-        inverse *= 2.0 * result["cost"] / (J.shape[0] - J.shape[1])
+        inverse *= 2.0 * state.cost / (J.shape[0] - J.shape[1])
     return np.asarray(inverse)
 
 

@@ -40,6 +40,8 @@ from ._xp import (
 )
 
 UNBOUNDED = (-np.inf, np.inf)
+#: ftol, xtol and gtol.
+TOLERANCES = (1e-8, 1e-8, 1e-8)
 
 
 class Options(NamedTuple):
@@ -96,7 +98,6 @@ class Fit:
         else:
             self.box, self.lb, self.ub = _validate.box(bounds, fixed, x, names)
         self.problem, self.r0 = self._problem(args, kwargs)
-        self.pool: Any = None
 
     # -- the problem ---------------------------------------------------------------------------
 
@@ -161,13 +162,14 @@ class Fit:
         o, x = self.options, self.x0
         if r0.shape[0] == 0:
             raise ValueError("`fun` must return at least one residual, got none.")
-        precision = max(eps(self.xp, x.dtype), eps(self.xp, r0.dtype))
+        precision = eps(self.xp, x.dtype)
         _validate.finite_residuals(r0, *self.words)
-        if r0.dtype != x.dtype:
+        if r0.dtype is not x.dtype and r0.dtype != x.dtype:
+            precision = max(precision, eps(self.xp, r0.dtype))
             r0 = array_namespace(r0).astype(r0, x.dtype)
             if not is_numpy(self.xp):
                 fun = _cast(fun, x.dtype, self.xp)
-        if is_numpy(self.xp) and isinstance(fun, UserFunction | ResidualAndJacobian):
+        if is_numpy(self.xp) and hasattr(fun, "expect"):
             fun.expect(r0.shape, x.dtype)
         if loss is not None:
             _validate.loss_values(loss, r0)
@@ -201,8 +203,11 @@ class Fit:
 
     def _differences(self, jac: Any, precision: float) -> Differences:
         o = self.options
-        typical = np.abs(to_numpy(self.x0).astype(float))
-        typical[typical == 0] = 1.0
+        typical = np.abs(to_numpy(self.x0).astype(float, copy=False))
+        if np.count_nonzero(typical) < typical.shape[0]:
+            typical[typical == 0] = 1.0
+        if self.box is None and o.diff_step is None:
+            return Differences(o.jac, typical, precision)
         step = _validate.difference_step(o.diff_step, typical.shape[0])
         bounded = self.box is not None
         held = (self.lb == self.ub) if bounded else None
@@ -234,19 +239,23 @@ class Fit:
 
     def run(
         self,
-        tolerances: tuple[Any, Any, Any],
-        x_scale: Any,
-        max_nfev: Any,
-        polish: bool,
-        verbose: int,
-        callback: Any,
-        resume: LMState | None,
-    ) -> LeastSquaresResult:
-        """The result of a run from x0, or from the state to resume."""
+        tolerances: tuple[Any, Any, Any] = TOLERANCES,
+        x_scale: Any = None,
+        max_nfev: Any = None,
+        polish: bool = True,
+        verbose: int = 0,
+        callback: Any = None,
+        resume: LMState | None = None,
+        defers: bool = False,
+    ) -> LMState:
+        """The last state of a run from x0, or from the state to resume.
+
+        If it ``defers``, the linearisation may be that of a point close by; see `_tiny`.
+        """
         problem, x = self.problem, self.x0
         precision = getattr(problem, "precision", eps(self.xp, x.dtype))
         f, s, g = _validate.tolerances(*tolerances, precision)
-        solver = LevenbergMarquardt(
+        self.solver = LevenbergMarquardt(
             ftol=f,
             xtol=s,
             gtol=g,
@@ -257,20 +266,19 @@ class Fit:
         )
         if isinstance(problem, Problem):
             problem.norms_needed = isinstance(x_scale, str)
+        self.history: list[_history.Iteration] = []
         notify = _hooks.notifier(callback)
+        verbose = verbose if verbose and is_first_rank() else 0
         if self.options.workers is None:
-            return self._run(solver, notify, verbose if is_first_rank() else 0, resume)
+            return self._run(notify, verbose, resume, defers)
         with _hooks.Workers(self.options.workers, problem):
-            return self._run(solver, notify, verbose if is_first_rank() else 0, resume)
+            return self._run(notify, verbose, resume, defers)
 
-    def _run(
-        self, solver: LevenbergMarquardt, notify: Any, verbose: int, resume: LMState | None
-    ) -> LeastSquaresResult:
+    def _run(self, notify: Any, verbose: int, resume: LMState | None, defers: bool) -> LMState:
         """Loop over the step-wise solver."""
-        problem = self.problem
-        history: list[_history.Iteration] = []
+        problem, solver, history = self.problem, self.solver, self.history
         if resume is None and notify is None and verbose < 2 and self._is_tiny(solver):
-            descent = Descent(solver, problem, self.x0, self.r0, history)
+            descent = Descent(solver, problem, self.x0, self.r0, history, defers)
             first_cost, state = descent.cost, descent.run()
         else:
             state = self._start(solver, resume)
@@ -288,14 +296,13 @@ class Fit:
                 state = state._replace(status=CALLBACK)
         if state.point.subproblem is None:
             state = solver.linearize(problem, state)
-        result = self._result(problem, state, history, solver)
         if verbose:
-            print(result.message)
+            print(message(state))
             print(
-                f"Function evaluations {result.nfev}, initial cost {first_cost:.4e}, final cost "
-                f"{result.cost:.4e}, first-order optimality {result.optimality:.2e}."
+                f"Function evaluations {state.nfev}, initial cost {first_cost:.4e}, final cost "
+                f"{state.cost:.4e}, first-order optimality {self.result(state).optimality:.2e}."
             )
-        return result
+        return state
 
     def _start(self, solver: LevenbergMarquardt, resume: LMState | None) -> LMState:
         """The state to step from."""
@@ -338,15 +345,11 @@ class Fit:
             state=state,
         )
 
-    def _result(
-        self,
-        problem: Any,
-        state: LMState,
-        history: list[_history.Iteration],
-        solver: LevenbergMarquardt,
-    ) -> LeastSquaresResult:
-        """The result of a finished state."""
-        sub, x = state.point.subproblem, state.x
+    def result(self, state: LMState, absolute_sigma: bool = False) -> LeastSquaresResult:
+        """The result of the last state of `run`."""
+        if not state.linearized:
+            state = self.solver.linearize(self.problem, state)
+        problem, sub, x = self.problem, state.point.subproblem, state.x
         g = sub.grad
         r, J = state.point.residual, getattr(problem, "J", None)
         host_g = to_numpy(g)
@@ -376,7 +379,7 @@ class Fit:
             status=status,
             message=message(state),
             success=status > 0,
-            history=history,
+            history=self.history,
             state=state,
         )
         reduces = hasattr(problem, "curvature_rows")
@@ -388,8 +391,9 @@ class Fit:
             lb=self.lb,
             ub=self.ub,
             gram=getattr(sub, "gram", None) if J is None else None,
-            refit=partial(_refit, problem, self.xp, x, self.lb, self.ub, solver),
+            refit=partial(_refit, problem, self.xp, x, self.lb, self.ub, self.solver),
             names=self.names,
+            absolute_sigma=absolute_sigma,
             rank=sub.rank() if hasattr(sub, "rank") else None,
             reduced=partial(problem.curvature_rows, x, r, J) if reduces else None,
         )

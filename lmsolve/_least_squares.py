@@ -180,7 +180,8 @@ def least_squares(
         workers=workers,
         sums=LOCAL if placement is None else placement.sums,
     )
-    result = Fit(fun, x, bounds, fixed, args, kwargs, options, names).run(
+    fit = Fit(fun, x, bounds, fixed, args, kwargs, options, names)
+    state = fit.run(
         tolerances=(ftol, xtol, gtol),
         x_scale=x_scale,
         max_nfev=max_nfev,
@@ -189,6 +190,7 @@ def least_squares(
         callback=callback,
         resume=resume,
     )
+    result = fit.result(state)
     return result if placement is None else placement.finish(result)
 
 

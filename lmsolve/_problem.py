@@ -82,6 +82,8 @@ class UserFunction:
         """The function of x alone, for a loop that copies x and sees to the value itself."""
         if self.args or self.kwargs:
             return self.raw
+        if type(self.function) is FunctionType:
+            return self.function
         # A method is called faster than the object whose call it is.
         method = vars(type(self.function)).get("__call__")
         return method.__get__(self.function) if isinstance(method, FunctionType) else self.function

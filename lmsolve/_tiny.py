@@ -12,6 +12,7 @@ something does: an ill-conditioned or singular system, a NaN, a polish of more t
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,13 +30,14 @@ from ._lm import (
     Point,
     difference_share,
 )
+from ._numdiff import plain_steps
 from ._problem import Problem, UserFunction
 from ._start import WEIGHT, finite_cost, first_radius
 from ._state import LMState
 from ._status import BOTH, FTOL, GTOL, XTOL
 from ._subproblem import ESCALATE, NormalEquations, Rows
 from ._trust import CUT, ITERATIONS, SLACK
-from ._xp import dot_itself
+from ._xp import FLOAT, dot_itself
 
 #: Beyond this many parameters LAPACK is faster (measured: the curves cross at n = 7).
 PARAMETERS = 6
@@ -43,8 +45,12 @@ PARAMETERS = 6
 #: A Jacobian by differences is right to about one of their steps: it is not taken anew for the
 #: last look at a converged fit if no parameter has moved by more than this many steps.
 NEAR = 10.0
+#: A fit by differences needs no last look if its steps shrink so fast that the next one is below
+#: the error of a difference, and the last one was at most so many difference steps: 2e-6 of each
+#: parameter. Nor does `curve_fit` need differences at the solution then: the covariance moves by
+#: some 1e-6 of itself, as with MINPACK, whose last Jacobian is that before the last step too.
+FAST, CLOSE = 0.1, 128.0
 
-FLOAT = np.dtype(float)
 FADE_SQUARED = FADE * FADE
 
 Vector = list[float]
@@ -63,10 +69,19 @@ class Trial(NamedTuple):
 def first_scale(weights: Vector, x: Vector) -> Vector:
     """Squared scale at the start, from squared column norms; the twin of the one in `_lm`."""
     sizes = [v * v for v in x]
-    fill = min([1.0, *(v for v in sizes if v > 0.0)])
-    sizes = [v or fill for v in sizes]
+    if 0.0 in sizes:
+        fill = min([1.0, *[v for v in sizes if v > 0.0]])
+        sizes = [v or fill for v in sizes]
     heaviest = WEIGHT * WEIGHT * max([w * s for w, s in zip(weights, sizes)])
     return [max(w, heaviest / s) for w, s in zip(weights, sizes)]
+
+
+@lru_cache
+def identity(n: int) -> np.ndarray:
+    """The unit matrix (n, n), read-only."""
+    made = np.eye(n)
+    made.flags.writeable = False
+    return made
 
 
 class Linearisation:
@@ -98,7 +113,7 @@ class Linearisation:
         self.gradient = gradient = T.dot(r)
         # Cholesky's factor is as accurate without the scaling as with it (van der Sluis 1969), so
         # one call of LAPACK does; its pivots are judged by the scaled ones.
-        self.factor, self.back, info = dposv(G, gradient, 1)
+        self.factor, self.back, info = dposv(G.copy().T, gradient.copy(), 1, 1, 1)  # in place
         self.g = g = gradient.tolist()
         self.weights = weights = G.diagonal().tolist()
         self.pivots = pivots = self.factor.diagonal().tolist()
@@ -124,6 +139,11 @@ class Linearisation:
         self.steepest, self.slope, self.square = steepest, slope, square
         self.sound = self.sound and square < math.inf
 
+    def inverse(self) -> tuple[np.ndarray, float]:
+        """(J'J)^-1 (n, n), and the smallest squared pivot of the scaled J'J."""
+        pivot = min([v * v / w for v, w in zip(self.pivots, self.weights)])
+        return dpotrs(self.factor, identity(len(self.g)), 1)[0], pivot
+
     def damped(self, radius: float) -> Trial | None:
         """The step of about the radius (see `_trust`); None if the system is ill-conditioned."""
         length, slope, factor, back = math.sqrt(self.square), self.slope, self.factor, self.back
@@ -140,8 +160,9 @@ class Linearisation:
                 hi = min(hi, mu)
             mu = min(max(newton, lo), max(hi, lo))
             A = self.G.copy()
-            A.ravel()[:: len(g) + 1] += mu * squares
-            factor, back, info = dposv(A, self.gradient, 1)
+            for j, s in enumerate(self.squares):
+                A[j, j] += mu * s
+            factor, back, info = dposv(A.T, self.gradient.copy(), 1, 1, 1)
             if info:
                 return None
             square = slope = 0.0
@@ -175,6 +196,40 @@ def _as_it_is(r: np.ndarray, x: np.ndarray) -> np.ndarray:
 class Descent:
     """A run in floats, from x0 and its residuals to an ended state or to an unusual one."""
 
+    __slots__ = (
+        "before",
+        "by_model",
+        "checked",
+        "cost",
+        "defers",
+        "derivative",
+        "earlier",
+        "error",
+        "fired",
+        "function",
+        "history",
+        "length",
+        "limit",
+        "mu",
+        "nfev",
+        "nit",
+        "njev",
+        "polished",
+        "problem",
+        "r",
+        "radius",
+        "rate",
+        "rows",
+        "scale",
+        "shape",
+        "shortest",
+        "size",
+        "solver",
+        "trail",
+        "value",
+        "x",
+    )
+
     def __init__(
         self,
         solver: LevenbergMarquardt,
@@ -182,8 +237,9 @@ class Descent:
         x: np.ndarray,
         r: np.ndarray,
         history: list[Iteration],
+        defers: bool = False,
     ) -> None:
-        self.solver, self.problem, self.history = solver, problem, history
+        self.solver, self.problem, self.history, self.defers = solver, problem, history, defers
         self.x, self.r, self.cost = x, r, finite_cost(0.5 * dot_itself(r))
         self.radius, self.mu = 0.0, 0.0
         self.nfev, self.njev, self.nit = 1, 0, 0
@@ -195,20 +251,22 @@ class Descent:
         self.trail: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
         fun = problem.fun
         self.function, self.checked = fun, _as_it_is
+        self.by_model: Any = None
         if isinstance(fun, UserFunction):
             self.function, self.checked = fun.bare(), fun.residuals
+            self.by_model = getattr(fun.function, "differences", None)
         self.shape = self.r.shape
         diff = problem.differences
-        self.differences = diff if diff is not None and diff.is_plain() else None
+        self.shortest = diff.shortest() if diff is not None and diff.is_plain() else None
         made_by = getattr(problem.jac, "__self__", None)
         self.derivative = made_by.bare() if isinstance(made_by, UserFunction) else None
         self.error = problem.derivative_error()
-        self.columns: list[np.ndarray] = []
+        self.rows: np.ndarray | None = None
         self.before = self.x
 
     def run(self) -> LMState:
         """The state at which the run ended, or at which the general solver is to go on."""
-        gtol = self.solver.gtol
+        gtol, settled = self.solver.gtol, False
         while True:
             J = self._jacobian()
             if type(J) is not np.ndarray or J.shape[0] < J.shape[1]:
@@ -226,6 +284,8 @@ class Descent:
                 self.value = math.sqrt(0.5 * steepest / self.cost) if self.cost else 0.0
             if steepest == 0.0:
                 return self._ended(J, lin, GTOL)
+            if settled:
+                return self._ended(J, lin, self.fired)
             moved = self._polish(lin) if self.fired else self._trials(lin)
             if moved is None:
                 self.njev -= 1  # the general solver counts it again
@@ -233,6 +293,9 @@ class Descent:
                 return self._general(J)
             if not moved:
                 return self._ended(J, lin, self.fired)
+            settled = self.fired > 0 and self._settled(lin)
+            if settled and self.defers and self.error:
+                return self._near(lin)
             if self.fired and not self.polished and self._stayed_near():
                 lin = Linearisation(J, self.r, self.scale, self.x)
                 if lin.sound and self._polish(lin) is False:
@@ -323,53 +386,72 @@ class Descent:
 
     def _jacobian(self) -> Any:
         """J at x, whatever it is; by one-sided differences in one buffer where these are plain."""
+        x, r = self.x, self.r
+        if self.derivative is not None:
+            J = self.derivative(x.copy())
+            if type(J) is np.ndarray and J.dtype is FLOAT and J.shape == (r.shape[0], x.shape[0]):
+                return J
+            return self.problem.taken(J, x, r)
+        if self.shortest is None:
+            return self.problem.jacobian(x, r)
+        if self.rows is None:
+            self.rows = np.empty((x.shape[0], r.shape[0]))
+            self.problem.J = self.rows.T
+        steps = plain_steps(x, self.shortest)
+        if self.by_model is None or not self.by_model(x, steps, r, self.rows):
+            self._by_residuals(steps, self.rows)
+        return self.problem.J
+
+    def _by_residuals(self, steps: Vector, rows: np.ndarray) -> None:
+        """Rows (n, m) of J' by one-sided differences."""
         x, r, function, shape = self.x, self.r, self.function, self.shape
-        if self.differences is None:
-            return self._given(x, r)
-        if not self.columns:
-            rows = np.empty((x.shape[0], r.shape[0]))
-            self.columns = list(rows)
-            self.problem.J = rows.T
-        for j, (h, column) in enumerate(zip(self.differences.plain_steps(x), self.columns)):
+        for j, (h, row) in enumerate(zip(steps, rows)):
             point = x.copy()
             point[j] += h
             values = function(point)
             if type(values) is not np.ndarray or values.dtype is not FLOAT or values.shape != shape:
                 values = self.checked(values, x)
-            np.subtract(values, r, column)
-            column /= h
-        return self.problem.J
-
-    def _given(self, x: np.ndarray, r: np.ndarray) -> Any:
-        """The user's J at x, unless it is made otherwise."""
-        if self.derivative is None:
-            return self.problem.jacobian(x, r)
-        J = self.derivative(x.copy())
-        if type(J) is np.ndarray and J.dtype is FLOAT and J.shape == (r.shape[0], x.shape[0]):
-            return J
-        return self.problem.taken(J, x, r)
+            np.subtract(values, r, row)
+            row /= h
 
     def _stayed_near(self) -> bool:
         """Whether the last step was so short that its Jacobian by differences serves here too."""
-        if self.differences is None:
+        if self.shortest is None:
             return False
         moves = (self.x - self.before).tolist()
         reach = NEAR * 2.0**-26
         return all(abs(v) <= reach * abs(xj) for v, xj in zip(moves, self.x.tolist()))
 
+    def _settled(self, lin: Linearisation) -> bool:
+        """Whether one more step would change nothing, at the rate of the last two.
+
+        ``lin`` is that of the point before.
+        """
+        if not self.error:
+            return self.polished > 0 and self.length * self.rate <= 0.1 * POLISHED
+        if self.shortest is None or self.polished or not self.solver.polish or self.nit < 2:
+            return False
+        before, last = self.history[-2:]
+        if not before.accepted or self.mu or last.length > FAST * before.length:
+            return False
+        reach = min(CLOSE * 2.0**-26, self.error * before.length / last.length)
+        x = self.x.tolist()
+        for v, u in zip(x, self.before.tolist()):
+            if not abs(v - u) <= reach * abs(v):
+                return False
+        return not self._differences_show(lin, x, self.error * math.sqrt(2.0 * self.cost))
+
     def _polish(self, lin: Linearisation) -> bool | None:
         """One undamped step: True if taken, False if there is no need, None if unusual."""
         if not self.solver.polish:
             return False
-        if self.polished and self.length * self.rate <= 0.1 * POLISHED and not self.error:
-            return False  # what the next step would change, at the rate of the last two
         x, D = self.x.tolist(), [math.sqrt(s) for s in lin.squares]
         rnorm = math.sqrt(2.0 * self.cost)
         floor = 1e-4 * rnorm
         back = lin.back.tolist()
         change = max([abs(pj) / (abs(xj) + floor / Dj) for pj, xj, Dj in zip(back, x, D)])
         error = self.error
-        if error and self._differences_show(lin, x, D, error * rnorm):
+        if error and self._differences_show(lin, x, error * rnorm):
             return None
         predicted = -0.5 * lin.slope
         converged = predicted <= self.solver.ftol * self.cost
@@ -391,11 +473,14 @@ class Descent:
         self._record(accepted, ratio, change, True)
         return accepted
 
-    def _differences_show(self, lin: Linearisation, x: Vector, D: Vector, noise: float) -> bool:
+    def _differences_show(self, lin: Linearisation, x: Vector, noise: float) -> bool:
         """Whether the general solver may want central differences; see `_lm`."""
-        pivot = min([v / Dj for v, Dj in zip(lin.pivots, D)]) ** 2
-        smallest = min([abs(xj) * Dj for xj, Dj in zip(x, D)])
-        return noise * difference_share(self.r.shape[0]) > DIFFERENCE_ERROR * pivot * smallest
+        pivot = smallest = math.inf
+        for v, s, xj in zip(lin.pivots, lin.squares, x):
+            pivot = min(pivot, v * v / s)
+            smallest = min(smallest, xj * xj * s)
+        share = noise * difference_share(self.r.shape[0])
+        return share > DIFFERENCE_ERROR * pivot * math.sqrt(smallest)
 
     def _general(self, J: Any) -> LMState:
         """The state for the general solver, which is to take this J for its own."""
@@ -405,15 +490,28 @@ class Descent:
         problem.reuse(J)
         return self._state(self.scale)
 
+    def _near(self, lin: Linearisation) -> LMState:
+        """The final state, with the linearisation of the point before."""
+        return self._state(lin.squares, self.fired, Point(self.r, lin))
+
     def _ended(self, J: np.ndarray, lin: Linearisation, status: int) -> LMState:
-        """The final state, with the linearisation in the solver's terms."""
+        """The final state, with the linearisation in the solver's terms where that is needed."""
         self.limit = self.limit or self.solver.gtol
+        if self.defers:
+            self.problem.reuse(J)
+            self.njev -= 1  # the general solver counts it again
+            return self._state(self.earlier, status, Point(self.r, lin))
         D, norms = np.sqrt(lin.squares), np.sqrt(lin.weights)
         sub = NormalEquations(np, lin.G, lin.gradient, Rows(np, J, self.r), norms)
-        return self._state(lin.squares, status, Point(self.r, sub, D, 1.0 / D, None))
+        point = Point(self.r, sub, D, 1.0 / D, None)
+        return self._state(lin.squares, status, point, linearized=True)
 
     def _state(
-        self, squares: Vector | None, status: int | None = None, point: Point | None = None
+        self,
+        squares: Vector | None,
+        status: int | None = None,
+        point: Point | None = None,
+        linearized: bool = False,
     ) -> LMState:
         """The state in the solver's terms."""
         return LMState(
@@ -429,7 +527,7 @@ class Descent:
             value=self.value,
             limit=self.limit,
             polished=self.polished,
-            linearized=point is not None,
+            linearized=linearized,
             trail=self.trail,
             status=status,
             point=point or Point(self.r),

@@ -17,6 +17,9 @@ from scipy.linalg.blas import ddot
 #: OpenBLAS takes inner products of more entries to several threads.
 ONE_THREAD = 10_000
 
+#: The dtype of Python's numbers; NumPy hands out this very object, so `is` will do for `==`.
+FLOAT = np.dtype(float)
+
 Array: TypeAlias = Any  # an array of any namespace; no common static type exists for them
 Namespace: TypeAlias = Any
 
@@ -202,6 +205,6 @@ def all_finite(a: Array) -> bool:
 
 def eps(xp: Namespace, dtype: Any) -> float:
     """Unit round-off spacing of a real floating dtype."""
-    if xp is np and dtype == np.float64:
+    if xp is np and dtype is FLOAT:
         return 2.0**-52
     return float(xp.finfo(dtype).eps)

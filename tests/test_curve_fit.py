@@ -5,7 +5,7 @@ import pytest
 import scipy.optimize
 from scipy.optimize import OptimizeWarning
 
-from lmsolve import CurveFit, LeastSquaresResult, curve_fit, leastsq
+from lmsolve import CurveFit, LeastSquaresResult, curve_fit, least_squares, leastsq
 from tests.tools import Counted, Decay
 
 DECAY = Decay()
@@ -211,3 +211,102 @@ def test_pandas(dtype):
     expected, covariance = np.polyfit(T, Y, 1, cov=True)
     np.testing.assert_allclose(popt, expected, rtol=1e-5)
     np.testing.assert_allclose(pcov, covariance, rtol=1e-5)
+
+
+class TestResultOnDemand:
+    """`curve_fit` makes its result when it is asked for."""
+
+    t = np.linspace(0, 4, 100)
+    y = 2.5 * np.exp(-1.3 * t) + 0.5 + 0.02 * np.cos(7.0 * np.arange(100.0))
+
+    @staticmethod
+    def model(t, a, k, c):
+        return a * np.exp(-k * t) + c
+
+    @staticmethod
+    def jac(t, a, k, c):
+        e = np.exp(-k * t)
+        return np.stack([e, -a * t * e, np.ones_like(t)], axis=1)
+
+    @pytest.mark.parametrize("jac", [None, jac])
+    def test_is_that_of_least_squares(self, jac):
+        fit = curve_fit(self.model, self.t, self.y, [1.0, 1.0, 1.0], jac=jac)
+        same = least_squares(
+            lambda p: self.model(self.t, *p) - self.y,
+            [1.0, 1.0, 1.0],
+            "2-point" if jac is None else lambda p: jac(self.t, *p),
+        )
+        result = fit.result
+        assert result is fit.result and result.x is fit[0]
+        assert (result.nfev, result.status) == (same.nfev, same.status)
+        assert len(result.history) == len(same.history)
+        np.testing.assert_allclose(result.x, same.x, rtol=1e-8)
+        np.testing.assert_allclose(result.jac, same.jac, rtol=1e-6)
+        np.testing.assert_allclose(result.standard_errors(), same.standard_errors(), rtol=1e-7)
+        exact = self.jac(self.t, *fit[0])
+        np.testing.assert_allclose(result.jac, exact, rtol=1e-6, atol=1e-7)
+
+    @pytest.mark.parametrize("jac", [None, jac])
+    def test_covariance_is_that_of_the_solution(self, jac):
+        fit = curve_fit(self.model, self.t, self.y, [1.0, 1.0, 1.0], jac=jac)
+        rtol = 1e-5 if jac is None else 1e-12
+        np.testing.assert_allclose(fit[1], fit.result.covariance(), rtol=rtol)
+        absolute = curve_fit(
+            self.model, self.t, self.y, [1.0, 1.0, 1.0], jac=jac, absolute_sigma=True
+        )
+        expected = absolute.result.covariance()
+        np.testing.assert_allclose(absolute[1], expected, rtol=rtol)
+        assert absolute.result.uncertainty().variance == 1.0
+
+    def test_no_more_calls_than_it_needs(self):
+        calls = []
+
+        def model(t, *p):
+            calls.append(p)
+            return self.model(t, *p)
+
+        fit = curve_fit(model, self.t, self.y, [1.0, 1.0, 1.0])
+        before = len(calls)
+        assert before == fit.result.nfev + 3 * (fit.result.njev - 1)
+        assert len(calls) == before + 3  # the Jacobian at the solution
+
+    def test_a_run_goes_on_from_it(self):
+        fit = curve_fit(self.model, self.t, self.y, [1.0, 1.0, 1.0])
+        again = least_squares(
+            lambda p: self.model(self.t, *p) - self.y, fit[0], resume=fit.result.state
+        )
+        np.testing.assert_allclose(again.x, fit[0], rtol=1e-7)
+        assert again.cost <= fit.result.cost
+
+
+@pytest.mark.parametrize("kind", ["one buffer", "integers first", "a list", "single precision"])
+def test_models_that_return_odd_arrays(kind):
+    """Differences of the model itself are for plain arrays; the others take the general way."""
+    t = np.linspace(0, 4, 50)
+    y = 2.0 * np.exp(-1.5 * t)
+    buffer = np.empty_like(t)
+
+    def model(t, a, k):
+        value = a * np.exp(-k * t)
+        if kind == "one buffer":
+            buffer[:] = value
+            return buffer
+        if kind == "integers first":
+            return np.ones(t.shape, dtype=int) if a == 1.0 and k == 1.0 else value
+        return list(value) if kind == "a list" else value.astype(np.float32)
+
+    popt, _ = curve_fit(model, t, y, [1.0, 1.0])
+    expected = 1e-3 if kind == "single precision" else 1e-9
+    np.testing.assert_allclose(popt, [2.0, 1.5], rtol=expected)
+
+
+def test_a_model_whose_length_changes_is_told():
+    t, y = np.linspace(0, 4, 50), np.ones(50)
+    calls = []
+
+    def model(t, a, k):
+        calls.append(a)
+        return (a * np.exp(-k * t))[: 50 if len(calls) < 3 else 49]
+
+    with pytest.raises(ValueError, match=r"`ydata`, \(50,\), got \(49,\)"):
+        curve_fit(model, t, y, [1.0, 1.0])

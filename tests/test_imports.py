@@ -46,8 +46,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "_status", "_trust",
     },
     "_tiny": {
-        "_xp", "_damping", "_history", "_lm", "_problem", "_start", "_state", "_status",
-        "_subproblem", "_trust",
+        "_xp", "_damping", "_history", "_lm", "_numdiff", "_problem", "_start", "_state",
+        "_status", "_subproblem", "_trust",
     },
     "_uncertainty": {"_xp", "_linalg"},
     "_report": {"_xp"},
