@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 from lmsolve.legate._start import inspect_machine, obstacle  # noqa: E402
 from lmsolve.torch import LM, _cluster, _setup, available_gpus, fit  # noqa: E402
 from lmsolve.torch._data import make_batch  # noqa: E402
+from lmsolve.torch._vectors import fingerprint  # noqa: E402
 from tests.test_legate_ranks import launch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -242,23 +243,82 @@ def test_large_normal_matrices_are_factored_by_legate(monkeypatch: pytest.Monkey
     assert made[0] == pair[1].steps
 
 
+@pytest.fixture
+def pooled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What holds for GPUs, on the CPUs of one rank."""
+    original = _cluster.Cluster.__init__
+
+    def made(self: Any, *arguments: Any) -> None:
+        original(self, *arguments)
+        self.in_process = self.shared = False
+
+    monkeypatch.setattr(_cluster.Cluster, "__init__", made)
+
+
+@pytest.mark.legate
+@pytest.mark.parametrize(
+    ("make", "points"),  # the wide one's acceleration looks ahead by a launch of its own
+    [(net, 1), (lambda: net(40), 2), (lambda: Custom(3), 1), (lambda: net(3).float(), 1)],
+    ids=["tall", "wide", "unfactored", "single"],
+)
+def test_weights_are_written_into_one_store_for_each_point(
+    pooled: None, make: Any, points: int
+) -> None:
+    data = cloud() if isinstance(make(), Custom) else curve()
+    if next(make().parameters()).dtype == torch.float32:
+        data = data[0].float(), data[1].float()
+        assert_same(both(make, data), rtol=2e-4)
+    else:
+        assert_same(both(make, data))
+    looked_at = session(make(), data)
+    x, traffic = looked_at.x, looked_at.cluster.traffic
+    before = traffic["parameters"]
+    problem, other = looked_at.problem, x + 1e-3
+    sub = problem.linearize(other, problem.residual(other))
+    sub.acceleration(sub.solve(sub.size))
+    assert traffic["parameters"] == before + points * x.nbytes  # however many launches
+    with looked_at.cluster.chained():
+        stored = looked_at.cluster.sent(other).place
+    torch.testing.assert_close(looked_at.cluster.read(stored.store, "parameters"), other)
+
+
+@pytest.mark.legate
+def test_an_exception_of_a_launch_that_nobody_waits_for_is_raised_by_the_last() -> None:
+    cluster = session(net(), curve()).cluster
+    vector = cluster.vector(10, 5)
+
+    def refusing(shard: Any) -> Any:
+        if shard.index == 1:
+            raise Refused("no more")
+        return 0.0, 0.0, 0.0
+
+    with cluster.chained():
+        cluster._chain.add(refusing, 2, (), (vector.tiles,))
+        with pytest.raises(Refused, match="no more"):
+            cluster.run(lambda shard: 0.0, 2, (vector.store,))
+    assert list(cluster.run(lambda shard: 1.0, 2)) == [1.0, 1.0]
+
+
+def test_a_fingerprint_sees_every_bit() -> None:
+    x = torch.linspace(-1, 1, 41).double()  # numbers of single precision have zeros at their end
+    for i in range(41):
+        for bit in range(64):
+            y = x.clone()
+            y.view(torch.int64)[i] ^= 1 << bit if bit < 63 else -(1 << 63)
+            assert fingerprint(y) != fingerprint(x)
+    assert fingerprint(x.clone()) == fingerprint(x)
+    assert fingerprint(x.flip(0)) != fingerprint(x)
+
+
 @pytest.mark.legate
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("kind", ["tall", "wide"])
 def test_large_matrices_stay_on_their_processors(
-    monkeypatch: pytest.MonkeyPatch, kind: str, decay: float
+    pooled: None, monkeypatch: pytest.MonkeyPatch, kind: str, decay: float
 ) -> None:
     from lmsolve.legate import _cholesky
 
-    # What holds for GPUs and several ranks, on the CPUs of one.
     monkeypatch.setattr(_cholesky, "pays", lambda n: True)
-    original = _cluster.Cluster.__init__
-
-    def pooled(self: Any, *arguments: Any) -> None:
-        original(self, *arguments)
-        self.in_process = False
-
-    monkeypatch.setattr(_cluster.Cluster, "__init__", pooled)
     make = (lambda: net(4, 3, 2)) if kind == "tall" else (lambda: net(40, 3, 2))
     data = cloud(41)
     assert_same(both(make, data, weight_decay=decay))
@@ -757,9 +817,11 @@ def test_no_rows_of_the_jacobian_reach_the_host(monkeypatch: pytest.MonkeyPatch)
     assert traffic["jacobian"] == traffic["residuals"] == traffic["samples"] == 0
     assert traffic["matrix"] == 4 * sums
     assert traffic["numbers"] == sizes.count(status) * status
-    # Beside what came back, parameters went to each launch and a step to the curvature's.
-    sent = sizes.count(status) + sizes.count(vector)
-    assert traffic["vectors"] == sizes.count(vector) * vector + sent * n * 8
+    # Beside what came back, a step went to each launch of the curvature's, and the weights of each
+    # point once: of four starts three are the ends of the steps before.
+    assert traffic["vectors"] == sizes.count(vector) * (vector + n * 8)
+    points = sizes.count(status) - sizes.count(sums) - sizes.count(vector) - 3
+    assert traffic["parameters"] == points * n * 8
 
 
 @pytest.mark.legate
@@ -874,7 +936,8 @@ def test_no_rows_of_the_jacobian_reach_the_host_of_a_rank(found: list[dict[str, 
         crossed = rank["crossed"]
         assert "jacobian" not in crossed
         assert crossed["matrix"] == 2 * 2 * (n * n + n) * 8  # two steps, a row from each shard
-        assert set(crossed) <= {"matrix", "vectors", "numbers"}
+        assert set(crossed) <= {"matrix", "vectors", "parameters", "numbers"}
+        assert crossed["parameters"] == 3 * n * 8  # the start and two trials, once each
 
 
 @pytest.mark.ranks

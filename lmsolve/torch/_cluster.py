@@ -30,14 +30,15 @@ from ._setup import (
     check_torch_memory,
     free_gpu_bytes,
 )
-from ._shards import stream_of
+from ._shards import stream_of, view_of
+from ._vectors import Stored, Weights, fingerprint
 
 if TYPE_CHECKING:
     from lmsolve.legate._tasks import Shard
 
 WAYS = ("factors", "vmap", "graph")
 #: What passes between the host and Legate's tasks; see `Cluster`.
-TRAFFIC = ("jacobian", "matrix", "residuals", "vectors", "samples", "numbers")
+TRAFFIC = ("jacobian", "matrix", "residuals", "vectors", "parameters", "samples", "numbers")
 
 
 class Cluster:
@@ -45,8 +46,8 @@ class Cluster:
 
     `traffic` counts the bytes between this host and Legate's tasks, by what they are: `jacobian`
     (rows of J), `matrix` (J'J with J'r, or J J'), `residuals` (m numbers), `vectors` (n), `samples`
-    (a batch on its way to devices), `numbers` (one or a few of each shard). What goes to every task
-    counts once.
+    (a batch on its way to devices), `parameters` (n, the weights at a point), `numbers` (one or a
+    few of each shard). What goes to every task counts once.
     """
 
     def __init__(self, network: Network, devices: Sequence[torch.device] | None = None) -> None:
@@ -70,7 +71,10 @@ class Cluster:
         self.local = -(-self.processors // self.ranks)
         # One process's tasks write into its own memory: Legate's pool would hold a second copy.
         self.in_process = self.ranks == 1 and not gpus
+        self.shared = not gpus  # memory, by the tasks of a rank and what starts them
         self.traffic: Counter[str] = Counter()
+        self._chain = _tasks.Chain(self.target)
+        self._sent: list[tuple[Tensor, Weights]] = []
         self._held: dict[str, tuple[Any, Any]] = {}
 
     def agreed(self, *values: float) -> list[float]:
@@ -158,7 +162,7 @@ class Cluster:
         threads = torch.get_num_threads()
         try:
             with quiet_transforms():
-                status = self._tasks.launch(job, job.placed.shards, self.target, (), outputs)
+                status = self._chain.launch(job, job.placed.shards, job.inputs, outputs)
         finally:
             # A task sets its own thread's number, and with it that of threads still to come.
             torch.set_num_threads(threads)
@@ -188,12 +192,56 @@ class Cluster:
 
         threads = torch.get_num_threads()
         try:
-            status = self._tasks.launch(job, shards, self.target, inputs, outputs)
+            status = self._chain.launch(job, shards, inputs, outputs)
         finally:
             torch.set_num_threads(threads)
         self.traffic["numbers"] += 8 * self._tasks.STATUS * shards
         values: np.ndarray = status[:, 0]
         return values
+
+    @contextmanager
+    def chained(self) -> Iterator[None]:
+        """Launches of which only the last is waited for: that of `launch` or `run`."""
+        with self._tasks.no_collection(), one_thread():
+            yield
+
+    def sent(self, x: Tensor) -> Weights:
+        """Parameters x (n,) for tasks; within `chained`.
+
+        Tasks on CPUs read them in the memory of their rank, which has them anyway: on two ranks of
+        two cores a step took 1.1 s so, and 1.5 with a store. For GPUs they are written into one
+        before the first launch at a point, each processor's tile from the memory of its rank, and
+        travel from there. Those of two points are kept, an accepted one and its trial.
+        """
+        known = next((pair for pair in self._sent if pair[0] is x), None)
+        if known is None:
+            mark = fingerprint(x) if self.ranks > 1 else 0.0
+            known = x, Weights(x if self.shared else self._written(x), mark)
+            self.traffic["parameters"] += x.nbytes
+        others = [pair for pair in self._sent if pair[0] is not x]
+        self._sent = [*others[-1:], known]
+        return known[1]
+
+    def _written(self, x: Tensor) -> Stored:
+        """x (n,) in a store."""
+        if x.is_cuda:  # tasks have streams of their own
+            torch.cuda.current_stream(x.device).synchronize()
+        vector = self.vector(x.numel(), -(-x.numel() // self.processors))
+
+        def put(shard: Shard) -> Sequence[float]:
+            with stream_of(shard.stream):
+                out, first = view_of(shard.outputs[0]), shard.index * vector.tile
+                out.copy_(x[first : first + len(out)])
+            return 0.0, 0.0, 0.0
+
+        self._chain.add(put, vector.count, (), (vector.tiles,))
+        return vector
+
+    def vector(self, size: int, tile: int) -> Stored:
+        """A new vector, for a launch to write."""
+        from legate.core import get_legate_runtime, types
+
+        return Stored(get_legate_runtime().create_store(types.float64, (size,)), size, tile)
 
     def distributes(self, size: int) -> bool:
         """Whether a matrix (size, size) stays on the processors, to be solved there."""

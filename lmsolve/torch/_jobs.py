@@ -22,9 +22,10 @@ from ._jacobian import Plan, Point
 from ._network import Batch, Network
 from ._problem import Settings, add_up, holds
 from ._products import FactorProducts, GraphProducts, HeldProducts
-from ._shards import Placed, checksum, device_of, stream_of, view_of
+from ._shards import Placed, device_of, stream_of, view_of
 from ._subproblems import Products
 from ._sums import DualKernel, NormalSums
+from ._vectors import Stored, Weights
 
 if TYPE_CHECKING:
     from lmsolve.legate._tasks import Shard
@@ -42,6 +43,7 @@ class Here:
     index: int
     network: Network
     batch: Batch
+    x: Tensor
     point: Point
 
 
@@ -50,22 +52,23 @@ class Job(ABC):
 
     table: Any = None
 
-    def __init__(self, placed: Placed, x: Tensor, plan: Plan, settings: Settings) -> None:
-        self.placed, self.plan, self.settings = placed, plan, settings
-        self.x = x.detach().cpu().numpy()
-        self._checksum = checksum(self.x)
-        self.sent = Counter(vectors=self.x.nbytes)  # bytes that go to the tasks
+    def __init__(self, placed: Placed, x: Weights, plan: Plan, settings: Settings) -> None:
+        self.placed, self.x, self.plan, self.settings = placed, x, plan, settings
+        self.inputs = x.inputs
+        self.sent: Counter[str] = Counter()  # bytes that go to the tasks
 
     def __call__(self, shard: Shard) -> Sequence[float]:
         """A number of the shard's own, and the checksums of parameters and data."""
         device = device_of(shard.stream)
         with stream_of(shard.stream):
             network = self.placed.network_on(device)
-            x = torch.from_numpy(self.x).to(device)
+            # A copy of a store's: passes that are kept outlive the launch.
+            x = self.x.place
+            x = view_of(shard.inputs[0]).clone() if isinstance(x, Stored) else x
             point = Point(network.parameters.unpack(x), self.settings.scale, self.settings.seed)
             batch = self.placed.on(device, shard.index)
-            here = Here(shard.index, network, batch, point)
-            return self.compute(here, shard), self._checksum, self.placed.checksum
+            here = Here(shard.index, network, batch, x, point)
+            return self.compute(here, shard), self.x.fingerprint, self.placed.checksum
 
     @abstractmethod
     def compute(self, here: Here, shard: Shard) -> float:
@@ -97,7 +100,7 @@ class Job(ABC):
 
     def linear(self, here: Here) -> Iterator[tuple[Batch, Products, Tensor]]:
         """The shard's samples in parts: each with products with its rows, and its residuals."""
-        kept = self.placed.rows(here.index, self.x)
+        kept = self.placed.rows(here.index, self.x.token)
         if kept is not None:
             yield here.batch, *kept
             return
@@ -138,7 +141,7 @@ class CostJob(Job):
                 judged = network.judge(point.tensors, block, point.scale, point.seed)
                 cost += float(judged.cost.detach().sum())
         if self.keeps:
-            self.placed.keep_pending(here.index, self.x, passes)
+            self.placed.keep_pending(here.index, self.x.token, passes)
         return cost
 
 
@@ -148,7 +151,7 @@ class SumsJob(Job):
     def __init__(
         self,
         placed: Placed,
-        x: Tensor,
+        x: Weights,
         plan: Plan,
         settings: Settings,
         block_dtype: torch.dtype | None,
@@ -172,9 +175,11 @@ class SumsJob(Job):
             blocks = _jacobian.stream(network, here.batch, here.point, self.plan)
         r = add_up(blocks, sums, J)
         if J is not None:
-            self.placed.keep_rows(here.index, self.x, HeldProducts(J), r)
+            self.placed.keep_rows(here.index, self.x.token, HeldProducts(J), r)
         elif done:
-            self.placed.keep_rows(here.index, self.x, FactorProducts(done, parameters.offsets), r)
+            self.placed.keep_rows(
+                here.index, self.x.token, FactorProducts(done, parameters.offsets), r
+            )
         return 0.0
 
     def sums(self, here: Here, shard: Shard) -> NormalSums:
@@ -184,7 +189,7 @@ class SumsJob(Job):
         return NormalSums.into(gram, grad, self._block_dtype)
 
     def _pending(self, here: Here) -> list[Pending]:
-        found = self.placed.take_pending(here.index, self.x)
+        found = self.placed.take_pending(here.index, self.x.token)
         if found is not None:
             return found
         blocks, point = here.batch.blocks(self.plan.samples), here.point
@@ -229,7 +234,7 @@ class KernelJob(Job):
     """
 
     def __init__(
-        self, placed: Placed, x: Tensor, plan: Plan, settings: Settings, groups: list[range]
+        self, placed: Placed, x: Weights, plan: Plan, settings: Settings, groups: list[range]
     ) -> None:
         super().__init__(placed, x, plan, settings)
         self._groups = groups

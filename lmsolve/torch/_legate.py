@@ -99,7 +99,7 @@ class LegateProblem(NetworkProblem):
         if self.plan.coupled:
             return super()._dual(x, None)
         m, tile, dtype = self.m, self.placed.tile * self.plan.k, accumulator(self.network, self.m)
-        r = self._rows(self._point(x)).to(x.dtype)
+        r = self.written(RowsJob, x).to(x.dtype)
         rest = x, r, self._products(x), self.settings.decay, self._slope(x, r)
         if self.cluster.distributes(m):
             bands = self.cluster.bands("kernel", m, tile, dtype, "residuals")
@@ -152,9 +152,10 @@ class LegateProblem(NetworkProblem):
         outputs: Sequence[Any] = (),
     ) -> np.ndarray:
         """Run a job of this batch at x; each shard's number."""
-        made = job(self.placed, x, self.plan, self.settings, *arguments)
-        made.table = table
-        return self.cluster.launch(made, outputs if table is None else table.outputs)
+        with self.cluster.chained():
+            made = job(self.placed, self.cluster.sent(x), self.plan, self.settings, *arguments)
+            made.table = table
+            return self.cluster.launch(made, outputs if table is None else table.outputs)
 
 
 class ShardedProducts:

@@ -1,7 +1,7 @@
 """Shards of a batch in this process: one of each task, with a copy of the network for each thread.
 
-Parameters and host data reach a task through its job (every rank makes the same one), so that on
-CPUs nothing is copied, and on a GPU the shard's samples are, once for each batch.
+Host data reach a task through its job (every rank makes the same one), so that on CPUs nothing is
+copied, and on a GPU the shard's samples are, once for each batch.
 
 Tasks of one process are threads. `functional_call` on a module that two threads share gives
 silently wrong results, so each thread has a copy.
@@ -26,7 +26,7 @@ from ._factors import Pending
 from ._network import Batch, Network
 from ._subproblems import Products
 
-Kept = tuple[np.ndarray, Any]  # something made at an x
+Kept = tuple[object, Any]  # something made at an x, and what stands for it
 
 
 class Placed:
@@ -78,31 +78,31 @@ class Placed:
         found: Network = copies[device]
         return found
 
-    def keep_pending(self, index: int, x: np.ndarray, passes: list[Pending]) -> None:
+    def keep_pending(self, index: int, at: object, passes: list[Pending]) -> None:
         """Hold the forward passes of a trial point: it may be accepted."""
-        self._pending[index] = x, passes
+        self._pending[index] = at, passes
 
-    def take_pending(self, index: int, x: np.ndarray) -> list[Pending] | None:
+    def take_pending(self, index: int, at: object) -> list[Pending] | None:
         """The forward passes at x, if this process has them; they serve once."""
-        found: list[Pending] | None = _at(x, self._pending.pop(index, None))
+        found: list[Pending] | None = _kept(at, self._pending.pop(index, None))
         return found
 
-    def keep_rows(self, index: int, x: np.ndarray, products: Products, r: Tensor) -> None:
+    def keep_rows(self, index: int, at: object, products: Products, r: Tensor) -> None:
         """Hold a linearisation's residuals, and products with its rows."""
-        self._rows[index] = x, (products, r)
+        self._rows[index] = at, (products, r)
 
     def drop_rows(self, index: int) -> None:
         """Free what is held of the last linearisation."""
         self._rows.pop(index, None)
 
-    def rows(self, index: int, x: np.ndarray) -> tuple[Products, Tensor] | None:
+    def rows(self, index: int, at: object) -> tuple[Products, Tensor] | None:
         """What this process holds of the linearisation at x."""
-        found: tuple[Products, Tensor] | None = _at(x, self._rows.get(index))
+        found: tuple[Products, Tensor] | None = _kept(at, self._rows.get(index))
         return found
 
 
-def _at(x: np.ndarray, kept: Kept | None) -> Any:
-    return kept[1] if kept is not None and np.array_equal(kept[0], x) else None
+def _kept(at: object, kept: Kept | None) -> Any:
+    return kept[1] if kept is not None and kept[0] is at else None
 
 
 def copied(network: Network, device: torch.device) -> Network:

@@ -14,6 +14,7 @@ from ._params import flat
 from ._problem import Settings
 from ._shards import Placed, view_of
 from ._subproblems import AHEAD, second_derivative
+from ._vectors import Weights
 
 if TYPE_CHECKING:
     from lmsolve.legate._tasks import Shard
@@ -25,7 +26,7 @@ class VectorJob(Job):
     kind = "vectors"  # of v, in the cluster's traffic
 
     def __init__(
-        self, placed: Placed, x: Tensor, plan: Plan, settings: Settings, v: Tensor
+        self, placed: Placed, x: Weights, plan: Plan, settings: Settings, v: Tensor
     ) -> None:
         super().__init__(placed, x, plan, settings)
         self._v = v.detach().cpu()
@@ -41,7 +42,7 @@ class CurvatureJob(VectorJob):
     def compute(self, here: Here, shard: Shard) -> float:
         """Second difference of the residuals along p."""
         out = self.zeros(shard)
-        x, p = torch.from_numpy(self.x).to(out.device), self._v.to(out.device)
+        x, p = here.x, self._v.to(out.device)
         ahead = replace(here.point, tensors=here.network.parameters.unpack(x + AHEAD * p))
         for block, products, r in self.linear(here):
             Jp = products.product(p).to(x.dtype)
@@ -57,9 +58,9 @@ class SlopeJob(VectorJob):
     def compute(self, here: Here, shard: Shard) -> float:
         """One backward pass for all residuals of a block."""
         out = self.zeros(shard)
-        x, p, point = torch.from_numpy(self.x).to(out.device), self._v.to(out.device), here.point
+        x, p, point = here.x, self._v.to(out.device), here.point
         ahead = replace(point, tensors=here.network.parameters.unpack(x + AHEAD * p))
-        kept = self.placed.rows(here.index, self.x)
+        kept = self.placed.rows(here.index, self.x.token)
         if kept is not None:
             products, r = kept
             out += products.transposed((self.rows(replace(here, point=ahead)) - r) / AHEAD)
