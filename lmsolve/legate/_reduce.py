@@ -66,12 +66,16 @@ class Functions(Protocol):
     block_rows: int
     numbered: bool  # whether the first part of a block is the numbers of its rows
 
-    def cost(self, x: Array, block: tuple[Any, ...], b: int) -> Array:
-        """0-d cost of the block."""
-        ...
-
     def linear(self, x: Array, block: tuple[Any, ...], b: int) -> tuple[Array, Array, Loss | None]:
         """r (b * k,) and J (b * k, n) of the block, and the loss that is to weigh them."""
+        ...
+
+
+class Costs(Functions, Protocol):
+    """Functions whose rows have a cost."""
+
+    def cost(self, x: Array, block: tuple[Any, ...], b: int) -> Array:
+        """0-d cost of the block."""
         ...
 
 
@@ -89,11 +93,6 @@ class RowSums:
     def layout(self, m: int, data: tuple[Array, ...]) -> Layout:
         """Rows for the processors that the functions run on."""
         return Layout(m, data, self.functions.blocks.gpu, 8 * self.functions.n**2)
-
-    def cost(self, layout: Layout, x: np.ndarray) -> float:
-        """The cost at x (n,): one launch, one read."""
-        costs = self.launch(CostJob(self.functions, layout, x))
-        return float(costs[:, 0].sum())
 
     def subproblem(self, layout: Layout, x: np.ndarray) -> NormalEquations:
         """The sums of J at x (n,): one launch, one read of n^2 + n numbers."""
@@ -154,6 +153,20 @@ class RowSums:
                 "(seed its generator), and let nothing else differ between ranks."
             )
         return status
+
+
+class CostSums(RowSums):
+    """The reductions of functions whose rows have a cost."""
+
+    functions: Costs
+
+    def __init__(self, functions: Costs) -> None:
+        super().__init__(functions)
+
+    def cost(self, layout: Layout, x: np.ndarray) -> float:
+        """The cost at x (n,): one launch, one read."""
+        costs = self.launch(CostJob(self.functions, layout, x))
+        return float(costs[:, 0].sum())
 
 
 class ReducedRows:
@@ -275,11 +288,15 @@ class RowJob(ABC):
 class CostJob(RowJob):
     """The cost of a shard."""
 
+    def __init__(self, functions: Costs, layout: Layout, x: np.ndarray, place: Any = None) -> None:
+        super().__init__(functions, layout, x, place)
+        self._cost = functions.cost
+
     def _evaluate(self, x: Array, shard: _tasks.Shard) -> float:
         total = 0.0
         try:
             for block, b in self._blocks(shard):
-                total += float(self._functions.cost(x, block, b))
+                total += float(self._cost(x, block, b))
         except np.linalg.LinAlgError:
             return math.nan  # a rejected step
         return total

@@ -23,7 +23,7 @@ from lmsolve._subproblem import NormalEquations
 from lmsolve._xp import Array, Namespace, array_namespace, copied, to_numpy
 
 from ._blocks import Function, NumpyBlocks, TorchBlocks
-from ._reduce import RowSums, cost_of, rows_of_block
+from ._reduce import CostSums, cost_of, rows_of_block
 from ._start import start
 
 
@@ -151,7 +151,7 @@ class RowProblem:
         self.m, self.n = m, functions.n
         self.nfev = self.njev = 0
         self.functions = functions
-        self._sums = RowSums(functions)
+        self._sums = CostSums(functions)
         self.layout = self._sums.layout(m, data)
 
     @property
@@ -190,7 +190,7 @@ class RowProblem:
     def curvature_rows(
         self, x: np.ndarray, r: Evaluated, J: None
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """See `RowSums`: a launch and a read, two with a loss."""
+        """See `CostSums`: a launch and a read, two with a loss."""
         return self._sums.curvature_rows(self.layout, x, self.functions.loss is not None)
 
     def derivative_error(self) -> float:

@@ -26,7 +26,7 @@ from lmsolve._xp import Array, Namespace, array_namespace, is_cupynumeric, to_nu
 from . import _memory
 from ._blas import one_thread
 from ._blocks import NumpyBlocks, TorchBlocks
-from ._reduce import CostJob, RowSums, SumsJob, cost_of, rows_of_block
+from ._reduce import CostJob, CostSums, SumsJob, cost_of, rows_of_block
 from ._start import check_startable
 from ._wide import WideEquations
 
@@ -50,7 +50,7 @@ class ShardedSums(LocalSums):
 
     def __init__(self, everything: bool) -> None:
         self._everything = everything
-        self._reductions: dict[tuple[int, Any], RowSums] = {}
+        self._reductions: dict[tuple[int, Any], CostSums] = {}
 
     def covers(self, m: int, n: int) -> bool:
         """Whether a dense problem is left to NumPy."""
@@ -107,11 +107,11 @@ class ShardedSums(LocalSums):
         """J'J and J'r of blocks of rows, those of Legate read once at the end."""
         return ShardedBlockSums(self, xp, loss, n)
 
-    def reductions(self, n: int, loss: Loss | None) -> RowSums:
+    def reductions(self, n: int, loss: Loss | None) -> CostSums:
         """The reductions of arrays of n columns."""
         key = n, loss
         if key not in self._reductions:
-            self._reductions[key] = RowSums(ArrayFunctions(n, loss))
+            self._reductions[key] = CostSums(ArrayFunctions(n, loss))
         return self._reductions[key]
 
     @cached_property
@@ -191,7 +191,7 @@ class Kept:
     nothing is read of them: an exception waits for the last launch, which tells every rank.
     """
 
-    def __init__(self, sums: RowSums) -> None:
+    def __init__(self, sums: CostSums) -> None:
         self.sums = sums
         self.costs: dict[int, float] = {}
         self.rows: dict[int, tuple[np.ndarray, Any]] = {}

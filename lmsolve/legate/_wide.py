@@ -127,10 +127,6 @@ class ColumnFunctions:
     def __init__(self, m: int, blocks: NumpyBlocks | TorchBlocks) -> None:
         self.n, self.blocks, self.block_rows = m, blocks, rows_of_block(m)
 
-    def cost(self, x: Array, block: tuple[Any, ...], b: int) -> Array:
-        """There is none of columns."""
-        raise NotImplementedError
-
     def linear(self, x: Array, block: tuple[Any, ...], b: int) -> tuple[Array, Array, None]:
         """Zeros (b,) and A' (b, m) at weights x (m,)."""
         Jt, d = block
