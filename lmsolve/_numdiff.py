@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from ._xp import Array, Namespace, array_namespace, sum_squares, to_floats
+from ._xp import Array, array_namespace, is_cupynumeric, sum_squares, to_floats
 
 #: A parameter that is smaller than this share of its typical size is stepped by that share.
 FLOOR = 1e-3
@@ -247,29 +247,29 @@ def dense_xp(
     r: Array,
     squares: Callable[[Array], Array],
 ) -> Array:
-    """Jacobian (m, n) in a namespace without item assignment: one unit step per column.
+    """Jacobian (m, n) in a namespace that may lack item assignment: one unit step per column.
 
     ``squares`` sums the squares of an array of the namespace of r, up to a common factor.
     """
-    xp = array_namespace(r)
+    n = x.shape[0]
     h, one_sided = diff.steps(x_host)
-    units = _unit_vectors(array_namespace(x), x)
-    held = set(range(x.shape[0])) - {j for j in diff.free(x.shape[0]) if h[j] != 0}
-    columns, central = [], []
+    index = array_namespace(x).arange(n, device=_device(x))
+    columns = _Placed(r, n) if is_cupynumeric(r) else _Stack(r, n)
+    central = []
     sums: list[Array] = []
-    for j, unit in enumerate(units):
-        if j in held:
-            columns.append(xp.zeros_like(r))
+    for j in diff.free(n):
+        if h[j] == 0:
             continue
-        s = float(h[j])
-        if diff.kind == "2-point":
-            columns.append((evaluate(x + s * unit) - r) / s)
+        s, unit = float(h[j]), _unit_vector(index, j, x)
+        if diff.kind == "cs":
+            columns[j] = array_namespace(r).imag(evaluate(x + 1j * s * unit)) / s
+        elif diff.kind == "2-point":
+            columns[j] = (evaluate(x + s * unit) - r) / s
         elif one_sided[j]:
             near = evaluate(x + s * unit) - r
-            columns.append((4 * near - (evaluate(x + 2 * s * unit) - r)) / (2 * s))
+            columns[j] = (4 * near - (evaluate(x + 2 * s * unit) - r)) / (2 * s)
         else:
-            column, halves = _central_xp(squares, evaluate, x, r, s, unit)
-            columns.append(column)
+            columns[j], halves = _central_xp(squares, evaluate, x, r, s, unit)
             central.append(j)
             sums.extend(halves)
     found = to_floats(*sums) if sums else []
@@ -277,16 +277,46 @@ def dense_xp(
         bend = _bend(*found[2 * k : 2 * k + 2])
         s = diff.shorter(x_host[j], diff.typical[j], h[j], bend)
         if s:
-            column, again = _central_xp(squares, evaluate, x, r, s, units[j])
+            unit = _unit_vector(index, j, x)
+            column, again = _central_xp(squares, evaluate, x, r, s, unit)
             if _bend(*to_floats(*again)) < bend:
                 columns[j] = column
-    return xp.stack(columns, axis=1)
+    return columns.matrix()
 
 
-def _unit_vectors(xp: Namespace, x: Array) -> list[Array]:
-    """The n unit vectors (n,), of the dtype and device of x."""
-    index = xp.arange(x.shape[0], device=_device(x))
-    return [xp.astype(index == j, x.dtype) for j in range(x.shape[0])]
+def _unit_vector(index: Array, j: int, x: Array) -> Array:
+    """A unit vector (n,) of the dtype of x, from the numbers of its entries."""
+    return array_namespace(x).astype(index == j, x.dtype)
+
+
+class _Stack:
+    """Columns (m,) of a matrix (m, n), zeros where none is given, put together at the end."""
+
+    def __init__(self, r: Array, n: int) -> None:
+        self._columns = [array_namespace(r).zeros_like(r)] * n
+
+    def __setitem__(self, j: int, column: Array) -> None:
+        self._columns[j] = column
+
+    def matrix(self) -> Array:
+        """The matrix (m, n)."""
+        return array_namespace(self._columns[0]).stack(self._columns, axis=1)
+
+
+class _Placed:
+    """The same, each written to its place, which takes half the memory."""
+
+    def __init__(self, r: Array, n: int) -> None:
+        m, zeros = r.shape[0], array_namespace(r).zeros
+        # Of a wide matrix the columns are what Legate cuts: they lie together.
+        self._matrix = zeros((m, n), dtype=r.dtype) if m >= n else zeros((n, m), dtype=r.dtype).T
+
+    def __setitem__(self, j: int, column: Array) -> None:
+        self._matrix[:, j] = column
+
+    def matrix(self) -> Array:
+        """The matrix (m, n)."""
+        return self._matrix
 
 
 def _central_xp(
