@@ -37,7 +37,7 @@ from ._start import finite_cost, first_radius, first_scale
 from ._state import LMState
 from ._status import BOTH, FTOL, GTOL, MAX_NFEV, SINGULAR, STALLED, STUCK, XTOL
 from ._trust import Step
-from ._xp import Array, Namespace, eps, to_floats
+from ._xp import Array, Namespace, eps, on_host, to_floats
 
 #: The running maximum of the column norms fades by this at every accepted step: a scale taken far
 #: from the solution is forgotten after some fifty steps, which solves 4 more of the 120 runs of
@@ -348,7 +348,11 @@ class LevenbergMarquardt:
         )
         if accepted:
             new = new._replace(
-                x=x_new, cost=cost_new, nit=state.nit + 1, linearized=False, point=Point(r_new)
+                x=on_host(xp, x_new),
+                cost=cost_new,
+                nit=state.nit + 1,
+                linearized=False,
+                point=Point(r_new),
             )
         return self._convergence_tests(xp, state, new, actual, predicted, point.D)
 

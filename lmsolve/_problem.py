@@ -27,6 +27,7 @@ from ._xp import (
     is_complex,
     is_cupynumeric,
     is_numpy,
+    on_host,
     sum_squares,
     to_floats,
     to_numpy,
@@ -174,10 +175,15 @@ class ResidualAndJacobian:
 
     def jac(self, x: Array) -> Any:
         """Jacobian at x, which has been evaluated already unless a later trial came between."""
-        if self._last is None or self._last[0] is not x:
+        if self._last is None or not _is_at(self._last[0], x):
             self(x)
         assert self._last is not None
         return self._last[1]
+
+
+def _is_at(trial: Array, x: Array) -> bool:
+    """Whether x is the point of a trial: itself, or what the host has read of it from Legate."""
+    return trial is x or getattr(trial, "host", None) is x
 
 
 class LocalSums:
@@ -315,8 +321,7 @@ class Problem:
         if is_dense(J) and (self.linear_solver is None or self.linear_solver[0] != "lsmr"):
             return self.sums.subproblem(self.xp, J, r, self.loss)
         w = None
-        if is_numpy(self.xp):
-            r = to_numpy(r)
+        r = on_host(self.xp, r)
         if self.loss is not None:
             w, r = self.loss.weights(self.xp, r)
         return self._iterative(J, r, w)
@@ -327,7 +332,7 @@ class Problem:
 
         solver, options = self.linear_solver or (None, {})
         if is_dense(J):
-            return _sparse.iterated_subproblem(J, r, w, options)
+            return _sparse.iterated_subproblem(on_host(self.xp, J), r, w, options)
         if solver == "exact":
             raise ValueError(
                 "`tr_solver` must not be 'exact' where `jac` is sparse or an operator, got "

@@ -16,7 +16,7 @@ from ._bounds import Box
 from ._damping import LARGE, Damping
 from ._linalg import LinAlgError
 from ._subproblem import Subproblem
-from ._xp import Array, Namespace, to_floats
+from ._xp import Array, Namespace, on_host, to_floats
 
 #: Relative slack in |q| = radius (More 1978), and that of a damped step beyond it, which is cut.
 SLACK, CUT = 0.1, 0.2
@@ -52,7 +52,10 @@ def gauss_newton(
     if hasattr(sub, "reduced"):
         small, ones = _reduced(xp, sub, d, start)
         found = _solve(xp, small, 0.0, ones, ones, None)
-        return None if found is None else _lifted(sub, found)
+        if found is None:
+            return None
+        found = _lifted(sub, found)
+        return found._replace(p=on_host(xp, found.p))
     return _solve(xp, sub, 0.0, d, D, start)
 
 
@@ -217,7 +220,8 @@ def _cut(xp: Namespace, point: Any, box: Box, x: Array, damping: Damping, epsilo
     free = d > 0
     for _ in range(CUTS):
         s = step(xp, point.subproblem, d, point.D, damping.radius, damping.mu, epsilon, start)
-        p = s.p if start is None else s.p + start
+        p = on_host(xp, s.p)
+        p = p if start is None else p + start
         leaves = box.outside(x + p) & free
         if not bool(xp.any(leaves)):
             break

@@ -125,6 +125,11 @@ def to_numpy(a: Array) -> np.ndarray:
     return np.asarray(a)
 
 
+def on_host(xp: Namespace, a: Array) -> Array:
+    """``a`` where the solver computes: what a trial has left in Legate's memory is read."""
+    return to_numpy(a) if xp is np else a
+
+
 def convert(a: Array, like: Array) -> Array:
     """``a`` in the namespace, dtype and device of ``like``: the only crossing between libraries."""
     xp = array_namespace(like)

@@ -41,3 +41,10 @@ def wide(xp: Any, n: int, m: int = 12) -> tuple[Any, Any]:
         return A * (1.0 + 0.1 * xp.cos(A @ x))[:, None]
 
     return lambda x: A @ x + 0.1 * xp.sin(A @ x) - b, jac
+
+
+def curved(xp: Any, n: int, m: int = 12) -> tuple[Any, Any]:
+    """fun and jac of m equations for n parameters, from whose start some steps are rejected."""
+    rng = np.random.default_rng(0)
+    A, b = xp.array(3.0 * rng.standard_normal((m, n)) / n**0.5), xp.array(rng.standard_normal(m))
+    return lambda x: xp.exp(A @ x) - xp.exp(b), lambda x: A * xp.exp(A @ x)[:, None]

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.sparse import csr_array
+from scipy.sparse.linalg import LinearOperator
 
 from lmsolve import curve_fit, least_squares
-from tests.decay import X0, T, Y, jacobian, nearly_dependent, residual, wide
+from tests.decay import X0, T, Y, curved, jacobian, nearly_dependent, residual, wide
 from tests.nist import NAMES, digits, load
 
 pytestmark = pytest.mark.legate
@@ -69,7 +71,7 @@ def test_arrays_in_arrays_out(xp: Any, backend: Any) -> None:
     assert "x[2]" in str(result)
 
 
-@pytest.mark.parametrize("jac", ["2-point", "3-point"])
+@pytest.mark.parametrize("jac", ["2-point", "3-point", "cs"])
 def test_differences(xp: Any, backend: Any, jac: str) -> None:
     decay = Decay(xp)
     result = least_squares(decay.fun, xp.array(X0), jac, backend=backend)
@@ -142,7 +144,8 @@ def test_wide_jacobians_stay_where_they_are(
     result = least_squares(fun, xp.zeros(n), jac, backend="cupynumeric", **options)
     assert max(transfers.sizes) <= 8 * n  # x0; J would be m times that
     residuals = [size for size in transfers.sizes if size == 8 * m]
-    assert len(residuals) == result.nfev
+    # The weights of a loss that cuPyNumeric computes are read beside them.
+    assert len(residuals) == result.njev * (2 if callable(options.get("loss")) else 1)
     if "bounds" not in options:
         # A launch for the step, and at an accepted point one for the gradient and one for K.
         launches = [size for size in transfers.sizes if size == 64]
@@ -153,6 +156,123 @@ def test_wide_jacobians_stay_where_they_are(
     np.testing.assert_allclose(host(result.x), expected.x, rtol=1e-6, atol=1e-9)
     assert result.rank == expected.rank
     assert isinstance(result.jac, xp.ndarray)
+
+
+@pytest.mark.parametrize("options", [{}, {"loss": "soft_l1"}, {"jac": True}], ids=str)
+def test_a_trial_of_a_wide_problem_reads_its_cost_alone(
+    xp: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    m, n = 12, 40
+    x0 = 2.0 * np.random.default_rng(1).standard_normal(n)
+    expected = least_squares(
+        curved(np, n)[0], x0, curved(np, n)[1], **{k: v for k, v in options.items() if k != "jac"}
+    )
+    fun, jac = curved(xp, n)
+    transfers = Transfers(xp, monkeypatch)
+    marks: list[int] = []
+
+    def marked(x: Any) -> Any:
+        assert isinstance(x, xp.ndarray)
+        marks.append(len(transfers.sizes))
+        return (fun(x), jac(x)) if options.get("jac") else fun(x)
+
+    result = least_squares(marked, xp.array(x0), **{"jac": jac, **options}, backend="cupynumeric")
+    assert len(marks) == result.nfev == expected.nfev
+    assert not all(trial.accepted for trial in result.history)
+    marks.append(len(transfers.sizes))
+    np.testing.assert_allclose(host(result.x), expected.x, rtol=1e-7)
+    for k, trial in enumerate(result.history, start=1):
+        cost, *linearized = transfers.sizes[marks[k] : marks[k + 1]]
+        assert cost == 64  # a row of four numbers from each of two processors
+        if not trial.accepted:
+            assert linearized == []
+        else:  # x and r; launches for the gradient, for J J', and for a step of the polish
+            assert linearized[:2] == [8 * n, 8 * m]
+            assert set(linearized[2:]) == {64}
+            assert len(linearized) <= 5
+
+
+@pytest.mark.parametrize("scheme", ["2-point", "3-point", "cs"])
+def test_differences_of_a_wide_problem_stay_where_they_are(
+    xp: Any, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    n = 40
+    expected = least_squares(wide(np, n)[0], np.zeros(n), scheme)
+    transfers = Transfers(xp, monkeypatch)
+    result = least_squares(wide(xp, n)[0], xp.zeros(n), scheme, backend="cupynumeric")
+    assert max(transfers.sizes) <= 8 * n
+    # A trial reads its cost, an accepted one at most five times more: see the test above.
+    fixed = 6 * result.njev + (result.nfev - result.njev) + 3
+    halves = 0 if scheme == "cs" else 4 * n * result.njev  # of central differences, retaken once
+    assert len(transfers.sizes) <= fixed + halves
+    np.testing.assert_allclose(host(result.x), expected.x, atol=1e-6 if scheme == "cs" else 1e-4)
+    assert result.cost < 1e-20
+    assert isinstance(result.jac, xp.ndarray)
+
+
+def complex_wide(xp: Any) -> tuple[Any, Any]:
+    """fun and jac of 7 complex equations for 20 complex parameters."""
+    rng = np.random.default_rng(3)
+    A = xp.array(rng.standard_normal((7, 20)) + 1j * rng.standard_normal((7, 20)))
+    b = xp.array(rng.standard_normal(7) + 0j)
+    return (
+        lambda z: A @ z + 0.1 * xp.sin(A @ z) - b,
+        lambda z: A * (1.0 + 0.1 * xp.cos(A @ z))[:, None],
+    )
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_complex_wide_problems_stay_where_they_are(
+    xp: Any, monkeypatch: pytest.MonkeyPatch, real: bool
+) -> None:
+    x0 = np.zeros(20, dtype=float if real else complex)
+    expected = least_squares(complex_wide(np)[0], x0, complex_wide(np)[1])
+    fun, jac = complex_wide(xp)
+    transfers = Transfers(xp, monkeypatch)
+    result = least_squares(fun, xp.array(x0), jac, backend="cupynumeric")
+    assert max(transfers.sizes) == x0.nbytes  # J has 14 numbers for each of x
+    # A trial reads its cost, an accepted one x, r and three launches.
+    assert len(transfers.sizes) <= 6 * result.njev + (result.nfev - result.njev) + 3
+    assert result.nfev == expected.nfev
+    np.testing.assert_allclose(host(result.x), expected.x, atol=1e-9)
+    assert result.jac.shape == (7, 20)
+
+
+def as_operator(J: np.ndarray) -> LinearOperator:
+    """J as products with it."""
+    return LinearOperator(
+        J.shape, matvec=lambda p: J @ p.ravel(), rmatvec=lambda z: J.T @ z.ravel()
+    )
+
+
+@pytest.mark.parametrize("kind", ["lsmr", "operator", "sparse"])
+@pytest.mark.parametrize("m_less_than_n", [False, True])
+def test_what_scipy_works_on_comes_to_the_host_at_accepted_points_only(
+    xp: Any, monkeypatch: pytest.MonkeyPatch, kind: str, m_less_than_n: bool
+) -> None:
+    m, n = (12, 301) if m_less_than_n else (1_000, 3)
+    (fun, jac), (whole, rows) = (
+        (wide(library, n) if m_less_than_n else long_decay(library, m)) for library in (xp, np)
+    )
+    x0 = np.zeros(n) if m_less_than_n else X0
+    options: dict[str, Any] = {"tr_solver": "lsmr"} if kind == "lsmr" else {}
+    if kind == "operator":
+        options = {"x_scale": 1.0}
+    form = {"lsmr": np.asarray, "operator": as_operator, "sparse": csr_array}[kind]
+    expected = least_squares(whole, x0, lambda x: form(rows(x)), **options)
+    transfers = Transfers(xp, monkeypatch)
+    result = least_squares(
+        fun,
+        xp.array(x0),
+        jac if kind == "lsmr" else lambda x: form(rows(np.asarray(x))),
+        backend="cupynumeric",
+        **options,
+    )
+    sizes = transfers.sizes
+    assert sizes.count(64) == result.nfev == expected.nfev  # the costs
+    assert sizes.count(8 * m) == result.njev  # the residuals
+    assert sizes.count(8 * m * n) == (result.njev if kind == "lsmr" else 0)
+    np.testing.assert_allclose(host(result.x), expected.x, rtol=1e-7, atol=1e-9)
 
 
 def test_wide_jacobians_of_dependent_rows_go_over_to_qr(xp: Any) -> None:

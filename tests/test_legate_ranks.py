@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from lmsolve import least_squares
-from tests.decay import X0, T, Y, jacobian, residual, wide
+from tests.decay import X0, T, Y, curved, jacobian, residual, wide
 
 #: A second per Legate operation and rank on a busy machine of two cores; a hang takes for ever.
 LIMIT = 540
@@ -57,6 +57,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         "fitted_arrays",
         "streamed_arrays",
         "wide_arrays",
+        "wide_trials",
         "reduced_by_qr",
     ],
 )
@@ -88,6 +89,16 @@ def test_wide_arrays_of_two_ranks_fit_as_those_of_one_process(found: list[dict[s
     fun, jac = wide(np, 30, 4)
     expected = least_squares(fun, np.zeros(30), jac, bounds=(-0.01, 0.01), max_nfev=3)
     assert float.fromhex(found[0]["wide_arrays"]["cost"]) == pytest.approx(expected.cost, rel=1e-9)
+
+
+def test_wide_trials_of_two_ranks_are_those_of_one_process(found: list[dict[str, Any]]) -> None:
+    fun, jac = curved(np, 30, 4)
+    x0 = 3.0 * np.random.default_rng(3).standard_normal(30)
+    expected = least_squares(fun, x0, jac, loss="soft_l1", max_nfev=5)
+    two = found[0]["wide_trials"]
+    assert float.fromhex(two["cost"]) == pytest.approx(expected.cost, rel=1e-9)
+    assert two["accepted"] == [trial.accepted for trial in expected.history]
+    assert not all(two["accepted"])
 
 
 def test_ill_conditioned_rows_of_two_ranks_are_reduced_by_qr(found: list[dict[str, Any]]) -> None:

@@ -69,11 +69,12 @@ class Called:
         if hasattr(function, "words"):
             self.words = function.words
 
-    def __call__(self, x: np.ndarray, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """An array, a pair, or an iterator of either."""
-        return self._taken(self._function(start().array(x), *args, **kwargs), x)
+        array = start().array(getattr(x, "array", x))  # the user may write into its argument
+        return self._taken(self._function(array, *args, **kwargs), x)
 
-    def _taken(self, value: Any, x: np.ndarray) -> Any:
+    def _taken(self, value: Any, x: Any) -> Any:
         if is_cupynumeric(value):
             return value if self._stays(value, x.shape[0]) else to_numpy(value)
         if isinstance(value, tuple):
@@ -83,13 +84,11 @@ class Called:
         return value
 
     def _stays(self, value: Any, n: int) -> bool:
-        """Whether residuals or a Jacobian stay: of m < n rows only a real Jacobian does."""
+        """Whether residuals or a Jacobian stay; columns count as rows where m < n."""
         if value.dtype.kind not in "fc" or value.ndim not in (1, 2):
             return False
         m = value.shape[0]
-        if m < n:
-            return value.ndim == 2 and value.dtype.kind == "f" and self._pays(n, m)
-        return self._pays(m, n)
+        return self._pays(max(m, n), min(m, n))
 
 
 def _callback(callback: Any) -> Any:

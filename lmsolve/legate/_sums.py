@@ -73,11 +73,7 @@ class ShardedSums(LocalSums):
         if not (self.takes(J.T, r, WIDE) if m < n else self.takes(J, r)):
             return LOCAL.subproblem(xp, to_numpy(J), to_numpy(r), loss)
         if m < n:
-            r = to_numpy(r)
-            w = np.ones_like(r)
-            if loss is not None:
-                w, r = loss.weights(xp, r)
-            return WideEquations(J, r, w, _blocks())
+            return WideEquations(J, *weighted(r, loss), _blocks(), is_cupynumeric(r))
         sums = self.reductions(n, loss)
         return sums.subproblem(sums.layout(m, (J, *parts(r, loss))), np.zeros(1, dtype=r.dtype))
 
@@ -95,8 +91,7 @@ class ShardedSums(LocalSums):
         """Raise MemoryError if a Jacobian by differences of residuals r (m,) would not fit."""
         if is_cupynumeric(r):
             layout = self.reductions(n, None).layout(r.shape[0], (r,))
-            # Its columns, and what they are stacked to.
-            need = layout.resident * (2 * n + 2)
+            need = layout.resident * (n + 5)  # beside J what the difference of a column takes
             _memory.require(need, layout.option, "The differences of `fun`")
 
     def block_costs(self, xp: Namespace, loss: Loss | None) -> BlockCosts:
@@ -140,6 +135,16 @@ def parts(r: Array, loss: Loss | None) -> tuple[Array, ...]:
     if loss is None or not isinstance(loss.rho, UserLoss):
         return (r,)
     return (r, *loss.rho(array_namespace(r), (r / loss.f_scale) ** 2))
+
+
+def weighted(r: Array, loss: Loss | None) -> tuple[np.ndarray, np.ndarray]:
+    """Weights (m,) of the rows, and the residuals (m,) that go with them, on the host."""
+    if loss is None or not isinstance(loss.rho, UserLoss):  # that one may compute with cuPyNumeric
+        r = to_numpy(r)
+    if loss is None:
+        return np.ones_like(r), r
+    w, r = loss.weights(array_namespace(r), r)
+    return to_numpy(w), to_numpy(r)
 
 
 class ArrayFunctions:

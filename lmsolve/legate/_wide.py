@@ -9,10 +9,14 @@ the norms of the columns, n numbers each, and for column scales d
 q = Q'y is as long as y (m,), so the trust region of the step ``q = p / d`` is one of m parameters
 whose Jacobian is L: the host solves it, and a trial takes one product, ``p = d A' z`` with
 ``L'z = y``. Where K is ill-conditioned L is the triangular factor of A' instead.
+
+The model's values at a step follow from y alone, and so p and x + p stay in Legate's memory, where
+the user's functions want them: a trial reads its cost. The host has x + p once that is accepted.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +24,7 @@ from scipy.linalg import solve_triangular
 
 from lmsolve._linalg import LinAlgError
 from lmsolve._subproblem import ESCALATE, DualEquations, Rows
-from lmsolve._xp import Array, array_namespace, to_numpy
+from lmsolve._xp import Array, array_namespace, is_cupynumeric, to_numpy
 
 from . import _memory
 from ._reduce import RowJob, RowSums, rows_of_block
@@ -35,10 +39,16 @@ class WideEquations:
     """Subproblem of J (m, n) with m < n; r and the weights w (m,) of its rows are NumPy's."""
 
     def __init__(
-        self, J: Array, r: np.ndarray, w: np.ndarray, blocks: NumpyBlocks | TorchBlocks
+        self,
+        J: Array,
+        w: np.ndarray,
+        r: np.ndarray,
+        blocks: NumpyBlocks | TorchBlocks,
+        stays: bool,
     ) -> None:
         self._sums = RowSums(ColumnFunctions(J.shape[0], blocks))
         self._Jt, self._r, self._w = J.T, r, w
+        self._stays = stays and is_cupynumeric(J)  # whether the trials do, too
         layout = self._layout()
         # The shards of columns may be copies, where the array was cut into rows.
         _memory.require(2 * layout.resident, layout.option, "A wide Jacobian and its columns")
@@ -47,7 +57,7 @@ class WideEquations:
         self._d: np.ndarray | None = None
         self._L = np.empty((0, 0))
         self._small: DualEquations | None = None
-        self._last: tuple[Any, Any] = (None, None)
+        self._last: tuple[Any, np.ndarray] = (None, r)  # a step and its J p
         self.escalated = False
 
     def reduced(self, d: np.ndarray, start: np.ndarray | None) -> DualEquations:
@@ -58,28 +68,46 @@ class WideEquations:
         self._small = DualEquations(np, Rows(np, self._L, r))
         return self._small
 
-    def lifted(self, y: np.ndarray) -> np.ndarray:
-        """The step p (n,) of y (m,): one launch, and one read of n numbers."""
-        assert self._d is not None
+    def lifted(self, y: np.ndarray) -> Any:
+        """The step p (n,) of y (m,), an array or what stands for it."""
         if self.escalated:  # L may be singular, and y is in the range of L'
             z = np.linalg.lstsq(self._L.T, y, rcond=None)[0]
         else:
             z = solve_triangular(self._L, y, trans=1, lower=True)
-        p = self._d**2 * self._columns(self._layout(), self._w * z, 1)[0]
+        step = WideStep(self, self._w * z, self._L @ y)
+        return step if self._stays else to_numpy(step)
+
+    def sent(self, x: np.ndarray, z: np.ndarray) -> Array:
+        """``x + d^2 J'z`` (n,) in Legate's memory."""
+        assert self._d is not None
+        J, xp = self._Jt, array_namespace(self._Jt)
+        product = J @ xp.array(z.astype(J.dtype, copy=False))
+        return xp.astype(xp.array(x) + xp.array(self._d**2) * product, x.dtype, copy=False)
+
+    def read(self, step: WideStep) -> np.ndarray:
+        """The step p (n,): one launch, and one read of n numbers."""
+        assert self._d is not None
+        p = self._d**2 * self._columns(self._layout(), step.z, 1)[0]
         p = p.astype(self._r.dtype, copy=False)
-        self._last = p, self._L @ y
+        self._last = p, step.Jp
         return p
 
     def solve(self, mu: float, d: np.ndarray, start: np.ndarray | None = None) -> np.ndarray:
         """Step p (n,); see Subproblem."""
-        return self.lifted(self.reduced(d, start).solve(mu, np.ones_like(self._r)))
+        return to_numpy(self.lifted(self.reduced(d, start).solve(mu, np.ones_like(self._r))))
 
-    def reduction(self, p: np.ndarray) -> Array:
-        """0-d model decrease: without a launch for a step that was just lifted."""
-        last, Jp = self._last
-        if p is not last:
-            Jp = self._matvec(p)
+    def reduction(self, p: Any) -> Array:
+        """0-d model decrease: without a launch for a step that was just lifted, or asked for."""
+        if isinstance(p, WideStep):
+            self._last = p, p.Jp
+        elif p is not self._last[0]:
+            self._last = p, self._matvec(p)
+        Jp = self._last[1]
         return -(self._r @ Jp + 0.5 * (Jp @ Jp))
+
+    def slope(self, Jp: np.ndarray) -> Array:
+        """0-d ``g'p`` of a step."""
+        return self._r @ Jp
 
     def rank(self) -> int | None:
         """Numerical rank of J d, where the last solve knows it."""
@@ -117,6 +145,48 @@ class WideEquations:
         place = self._sums.place(layout, self._r.shape[0], "The products with J")
         self._sums.launch(MatvecJob(self._sums.functions, layout, self._w, place))
         return place.total().astype(self._r.dtype)
+
+
+class WideStep:
+    """The step ``p = d^2 J'z`` (n,), z (m,) with the weights in it, which the host may ask for.
+
+    A trial ``x + p`` is made in Legate's memory, and ``g @ p`` is known from J p (m,).
+    """
+
+    __array_ufunc__ = None  # NumPy's operators leave it to those below
+
+    def __init__(self, equations: WideEquations, z: np.ndarray, Jp: np.ndarray) -> None:
+        self._equations, self.z, self.Jp = equations, z, Jp
+
+    def __rmul__(self, factor: float) -> WideStep:
+        return WideStep(self._equations, factor * self.z, factor * self.Jp)
+
+    def __radd__(self, x: np.ndarray) -> WideTrial:
+        return WideTrial(self._equations.sent(x, self.z))
+
+    def __rmatmul__(self, grad: np.ndarray) -> Array:
+        return self._equations.slope(self.Jp)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self._equations.read(self)
+
+
+class WideTrial:
+    """Parameters (n,) in Legate's memory, which the host reads if the step is accepted."""
+
+    def __init__(self, array: Array) -> None:
+        self.array, self.shape, self.dtype = array, array.shape, array.dtype
+
+    def __getitem__(self, key: Any) -> Array:
+        return self.array[key]
+
+    @cached_property
+    def host(self) -> np.ndarray:
+        """The array on the host."""
+        return np.array(to_numpy(self.array))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self.host
 
 
 class ColumnFunctions:

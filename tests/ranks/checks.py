@@ -17,7 +17,7 @@ import numpy as np
 from lmsolve import least_squares
 from lmsolve.legate import rows
 from lmsolve.legate._start import start
-from tests.decay import X0, T, Y, jacobian, nearly_dependent, residual, wide
+from tests.decay import X0, T, Y, curved, jacobian, nearly_dependent, residual, wide
 
 xp = start()
 from legate.core import get_legate_runtime  # noqa: E402  starts Legate, which start() does politely
@@ -108,6 +108,16 @@ def wide_arrays() -> dict[str, Any]:
     return {"cost": result.cost.hex(), "bits": np.asarray(result.x).tobytes().hex()}
 
 
+def wide_trials() -> dict[str, Any]:
+    """The same without bounds, robust: trials stay in Legate's memory, and one is rejected."""
+    fun, jac = curved(xp, 30, 4)
+    x0 = xp.array(3.0 * np.random.default_rng(3).standard_normal(30))
+    result = least_squares(fun, x0, jac, loss="soft_l1", backend="cupynumeric", max_nfev=5)
+    accepted = [trial.accepted for trial in result.history]
+    bits = np.asarray(result.x).tobytes().hex()
+    return {"cost": result.cost.hex(), "bits": bits, "accepted": accepted}
+
+
 def reduced_by_qr() -> dict[str, Any]:
     """An ill-conditioned problem goes over to the triangular factors of both ranks."""
     A, b = nearly_dependent()
@@ -162,6 +172,7 @@ CHECKS: tuple[Callable[[], dict[str, Any]], ...] = (
     fitted_arrays,
     streamed_arrays,
     wide_arrays,
+    wide_trials,
     reduced_by_qr,
     exception_of_one_rank,
     trouble_of_one_rank,
