@@ -121,7 +121,8 @@ def curve_fit(
         Parameters.
     pcov : array, shape (n, n)
         Their covariance; all infinite, with a warning, where the data leave a direction of the
-        parameters open: ``curve_fit(...).result`` says which.
+        parameters open: ``curve_fit(...).result`` says which. By differences it may be that of the
+        last Jacobian on the way, which differs by about 1e-6 of itself.
     infodict : dict
         ``nfev``, ``fvec``, and ``fjac``, ``ipvt`` and ``qtf``, a pivoted QR factorisation of the
         Jacobian, with ``full_output``.

@@ -12,7 +12,7 @@ import numpy as np
 from scipy.optimize import OptimizeResult
 
 from . import _bounds, _complex, _history, _hooks, _numdiff, _validate
-from ._lm import LevenbergMarquardt
+from ._lm import DIFFERENCE_ERROR, LevenbergMarquardt, difference_share
 from ._numdiff import Differences
 from ._problem import (
     LOCAL,
@@ -24,6 +24,7 @@ from ._problem import (
 from ._result import Context, LeastSquaresResult
 from ._state import LMState
 from ._status import CALLBACK, message
+from ._subproblem import NormalEquations
 from ._tiny import PARAMETERS as TINY
 from ._tiny import Descent
 from ._xp import (
@@ -294,6 +295,8 @@ class Fit:
                     print(_history.line(history[-1]))
             if state.nit > before.nit and notify is not None and notify(self._intermediate(state)):
                 state = state._replace(status=CALLBACK)
+            if defers and state.fired and state.status is None:
+                state = self._near(before.x, state) or state
         if state.point.subproblem is None:
             state = solver.linearize(problem, state)
         if verbose:
@@ -303,6 +306,28 @@ class Fit:
                 f"{state.cost:.4e}, first-order optimality {self.result(state).optimality:.2e}."
             )
         return state
+
+    def _near(self, before: np.ndarray, state: LMState) -> LMState | None:
+        """The ended state of a fit by differences that is settled, or None.
+
+        Its linearisation is that of the point before; see `_history.settled_reach`.
+        """
+        problem, history = self.problem, self.history
+        plain = type(problem) is Problem and type(problem.J) is np.ndarray and self.solver.polish
+        if not plain or problem.loss is not None or len(history) < 2:
+            return None
+        if problem.differences is None or not problem.differences.is_plain():
+            return None
+        error, x, D = problem.derivative_error(), state.x, to_numpy(state.scale)
+        reach = _history.settled_reach(history[-2], history[-1], error)
+        if not reach or not (np.abs(x - before) <= reach * np.abs(x)).all():
+            return None
+        sub = problem.sums.subproblem(self.xp, problem.J, state.point.residual, None)
+        noise = error * math.sqrt(2.0 * state.cost) * difference_share(problem.J.shape[0])
+        pivot = sub.smallest_pivot(1.0 / D) if isinstance(sub, NormalEquations) else 0.0
+        if noise > DIFFERENCE_ERROR * pivot * (np.abs(x) * D).min():
+            return None
+        return state._replace(status=state.fired, point=state.point._replace(subproblem=sub))
 
     def _start(self, solver: LevenbergMarquardt, resume: LMState | None) -> LMState:
         """The state to step from."""

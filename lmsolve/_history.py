@@ -6,6 +6,12 @@ from typing import NamedTuple
 
 from ._state import LMState
 
+#: A fit by differences needs no last look if its steps shrink so fast that the next one is below
+#: the error of a difference, and the last one was at most CLOSE of each parameter: 128 difference
+#: steps. Nor does `curve_fit` need differences at the solution then: the covariance moves by some
+#: 1e-6 of itself, as with MINPACK, whose last Jacobian is that before the last step too.
+FAST, CLOSE = 0.1, 128.0 * 2.0**-26
+
 
 class Iteration(NamedTuple):
     """One trial of a run, as kept in ``result.history``.
@@ -60,6 +66,19 @@ def iteration(state: LMState, polishing: bool) -> Iteration:
 def is_polish(before: LMState, after: LMState) -> bool:
     """Whether the trial between two states was a polishing one; the test may fire on the way."""
     return bool(before.fired or after.polished > before.polished or after.doubts > before.doubts)
+
+
+def settled_reach(before: Iteration, last: Iteration, error: float) -> float:
+    """How far, relatively, a parameter may have gone in the last trial for the fit to be settled.
+
+    ``error`` is that of the differences: what a further step would change is below it, at the rate
+    of the last two. 0 where they say nothing.
+    """
+    if not (before.accepted and last.accepted) or last.damping or last.polishing:
+        return 0.0
+    if last.length > FAST * before.length:
+        return 0.0
+    return min(CLOSE, error * before.length / last.length) if last.length else CLOSE
 
 
 HEADER = (

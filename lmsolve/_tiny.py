@@ -20,7 +20,7 @@ from scipy.linalg.blas import ddot
 from scipy.linalg.lapack import dposv, dpotrs
 
 from ._damping import ACCEPT, POOR, Damping, interpolated, updated
-from ._history import Iteration
+from ._history import Iteration, settled_reach
 from ._lm import (
     DIFFERENCE_ERROR,
     FADE,
@@ -45,11 +45,6 @@ PARAMETERS = 6
 #: A Jacobian by differences is right to about one of their steps: it is not taken anew for the
 #: last look at a converged fit if no parameter has moved by more than this many steps.
 NEAR = 10.0
-#: A fit by differences needs no last look if its steps shrink so fast that the next one is below
-#: the error of a difference, and the last one was at most so many difference steps: 2e-6 of each
-#: parameter. Nor does `curve_fit` need differences at the solution then: the covariance moves by
-#: some 1e-6 of itself, as with MINPACK, whose last Jacobian is that before the last step too.
-FAST, CLOSE = 0.1, 128.0
 
 FADE_SQUARED = FADE * FADE
 
@@ -194,7 +189,11 @@ def _as_it_is(r: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 class Descent:
-    """A run in floats, from x0 and its residuals to an ended state or to an unusual one."""
+    """A run in floats, from x0 and its residuals to an ended state or to an unusual one.
+
+    If it ``defers``, the ended state is not ``linearized``: its point has a `Linearisation`, at x
+    or close by, which is all that `curve_fit` needs.
+    """
 
     __slots__ = (
         "before",
@@ -429,12 +428,9 @@ class Descent:
         """
         if not self.error:
             return self.polished > 0 and self.length * self.rate <= 0.1 * POLISHED
-        if self.shortest is None or self.polished or not self.solver.polish or self.nit < 2:
+        if self.shortest is None or not self.solver.polish or self.nit < 2:
             return False
-        before, last = self.history[-2:]
-        if not before.accepted or self.mu or last.length > FAST * before.length:
-            return False
-        reach = min(CLOSE * 2.0**-26, self.error * before.length / last.length)
+        reach = settled_reach(self.history[-2], self.history[-1], self.error)
         x = self.x.tolist()
         for v, u in zip(x, self.before.tolist()):
             if not abs(v - u) <= reach * abs(v):
@@ -445,12 +441,12 @@ class Descent:
         """One undamped step: True if taken, False if there is no need, None if unusual."""
         if not self.solver.polish:
             return False
-        x, D = self.x.tolist(), [math.sqrt(s) for s in lin.squares]
-        rnorm = math.sqrt(2.0 * self.cost)
-        floor = 1e-4 * rnorm
-        back = lin.back.tolist()
-        change = max([abs(pj) / (abs(xj) + floor / Dj) for pj, xj, Dj in zip(back, x, D)])
-        error = self.error
+        x, rnorm = self.x.tolist(), math.sqrt(2.0 * self.cost)
+        change, floor, error = 0.0, 1e-4 * rnorm, self.error
+        for pj, xj, s in zip(lin.back.tolist(), x, lin.squares):
+            c = abs(pj) / (abs(xj) + floor / math.sqrt(s))
+            if c > change:
+                change = c
         if error and self._differences_show(lin, x, error * rnorm):
             return None
         predicted = -0.5 * lin.slope

@@ -270,6 +270,31 @@ class TestResultOnDemand:
         assert before == fit.result.nfev + 3 * (fit.result.njev - 1)
         assert len(calls) == before + 3  # the Jacobian at the solution
 
+    def test_more_parameters_than_are_fitted_in_floats(self):
+        t = np.linspace(0, 10, 400)
+
+        def model(t, *p):
+            y = np.full(t.size, p[6])
+            for a, c, s in (p[0:3], p[3:6]):
+                y += a * np.exp(-0.5 * ((t - c) / s) ** 2)
+            return y
+
+        calls = []
+
+        def counted(t, *p):
+            calls.append(p)
+            return model(t, *p)
+
+        y = model(t, 3, 3, 0.5, 2, 6, 0.7, 0.2) + 0.02 * np.cos(7.0 * np.arange(400.0))
+        p0 = [2.5, 3.2, 0.6, 1.5, 6.3, 0.6, 0]
+        fit = curve_fit(counted, t, y, p0)
+        before = len(calls)
+        assert before == fit.result.nfev + 7 * (fit.result.njev - 1)
+        assert len(calls) == before + 7  # the Jacobian at the solution
+        same = least_squares(lambda p: model(t, *p) - y, p0, "3-point")
+        np.testing.assert_allclose(fit[0], same.x, rtol=1e-7)
+        np.testing.assert_allclose(fit[1], same.covariance(), rtol=1e-5, atol=1e-12)
+
     def test_a_run_goes_on_from_it(self):
         fit = curve_fit(self.model, self.t, self.y, [1.0, 1.0, 1.0])
         again = least_squares(
