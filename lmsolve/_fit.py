@@ -421,6 +421,7 @@ class Fit:
             absolute_sigma=absolute_sigma,
             rank=sub.rank() if hasattr(sub, "rank") else None,
             reduced=partial(problem.curvature_rows, x, r, J) if reduces else None,
+            columns=partial(problem.columns, x, r, J) if hasattr(problem, "columns") else None,
         )
         object.__setattr__(result, "_context", context)
         if self.complex_x or self.complex_r:

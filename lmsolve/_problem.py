@@ -216,6 +216,16 @@ class LocalSums:
         """
         return None
 
+    def columns(
+        self, J: Array, r: Array, loss: Loss | None
+    ) -> tuple[Any, np.ndarray | None] | None:
+        """`Columns` of rows with the curvature of the cost, and what gives their scores.
+
+        Where J (m, n) has m < n and should not come to the host; else None. The second are
+        factors (m,) of those rows, or None without a loss.
+        """
+        return None
+
     def reserve(self, r: Array, n: int) -> None:
         """Raise MemoryError if a Jacobian by differences of residuals r (m,) would not fit."""
 
@@ -352,6 +362,10 @@ class Problem:
     ) -> tuple[np.ndarray, np.ndarray | None] | None:
         """See LocalSums, at x (n,) with residuals r (m,)."""
         return self.sums.curvature_rows(J, r, self.loss)
+
+    def columns(self, x: Array, r: Array, J: Any) -> tuple[Any, np.ndarray | None] | None:
+        """See LocalSums, at x (n,) with residuals r (m,)."""
+        return self.sums.columns(J, r, self.loss)
 
     def derivative_error(self) -> float:
         """Relative error of the Jacobian's entries to expect from the way it is made."""

@@ -11,8 +11,9 @@ import numpy as np
 from scipy.optimize import OptimizeResult
 
 from . import _uncertainty
-from ._uncertainty import Curvature, Uncertainty
-from ._xp import is_numpy, to_numpy
+from ._loss import UserLoss
+from ._uncertainty import Columns, Curvature, Uncertainty
+from ._xp import array_namespace, is_numpy, to_numpy
 
 
 @dataclass(slots=True)
@@ -35,6 +36,8 @@ class Context:
     #: See LocalSums.curvature_rows; what it gave is kept.
     reduced: Callable[[], tuple[np.ndarray, np.ndarray | None] | None] | None = None
     curvature: Curvature | None = None
+    #: See LocalSums.columns.
+    columns: Callable[[], tuple[Columns, np.ndarray | None] | None] | None = None
 
 
 class LeastSquaresResult(OptimizeResult):  # type: ignore[misc]  # SciPy has no types
@@ -80,7 +83,10 @@ class LeastSquaresResult(OptimizeResult):  # type: ignore[misc]  # SciPy has no 
     def rank(self) -> int:
         """Numerical rank of the Jacobian of the free parameters at ``x``."""
         known = self._known().rank  # by the last solve, if that had to look
-        return self.uncertainty().rank if known is None else known
+        if known is not None:
+            return known
+        columns = self._of_columns(False)
+        return self.uncertainty().rank if columns is None else columns[1]
 
     def __reduce__(self) -> tuple[Any, ...]:
         kept = {k: v for k, v in self.items() if k != "state"}
@@ -151,10 +157,13 @@ class LeastSquaresResult(OptimizeResult):  # type: ignore[misc]  # SciPy has no 
         ndarray, shape (n,)
             Standard errors; zero for held parameters, infinite for undetermined ones.
         """
+        absolute = self._known().absolute_sigma if absolute_sigma is None else absolute_sigma
+        columns = self._of_columns(absolute)
+        if columns is not None:
+            return columns[0]
         c = self._curvature()
         if hasattr(c.rows, "tocsr") and c.rows.shape[1] > _uncertainty.DENSE_PARAMETERS:
             free = int((~c.held).sum())
-            absolute = self._known().absolute_sigma if absolute_sigma is None else absolute_sigma
             variance = 1.0 if absolute else 2.0 * c.cost / (c.m - free)
             return _uncertainty.sparse_standard_errors(c.rows, c.held, variance)
         return self.uncertainty(absolute_sigma=absolute_sigma).stderr
@@ -243,6 +252,16 @@ class LeastSquaresResult(OptimizeResult):  # type: ignore[misc]  # SciPy has no 
         x[j] = value
         return context.refit(x, fixed)
 
+    def _of_columns(self, absolute: bool) -> tuple[np.ndarray, int] | None:
+        """Standard errors and rank of a wide problem that stays in Legate's memory, else None."""
+        context = self._known()
+        found = None if context.columns is None else context.columns()
+        if found is None:
+            return None
+        columns, scores = found
+        c = Curvature(None, None, context.m, self.cost, context.held, scores)
+        return _uncertainty.of_columns(columns, c, absolute)
+
     def _curvature(self) -> Curvature:
         """Rows, weights and counts at the solution, on the host."""
         context = self._known()
@@ -264,9 +283,11 @@ class LeastSquaresResult(OptimizeResult):  # type: ignore[misc]  # SciPy has no 
             J = to_numpy(J)
         scores = raw = None
         if context.loss is not None and fun is not None and J is not None:
-            r = to_numpy(fun) if is_numpy(context.xp) else fun
-            raw, scores = J, to_numpy(context.loss.scores(context.xp, r))
-            w = to_numpy(context.loss.curvature_weights(context.xp, r))
+            own = isinstance(context.loss.rho, UserLoss)  # it may compute with cuPyNumeric
+            r = to_numpy(fun) if is_numpy(context.xp) and not own else fun
+            xp = array_namespace(r)
+            raw, scores = J, to_numpy(context.loss.scores(xp, r))
+            w = to_numpy(context.loss.curvature_weights(xp, r))
             J = J.multiply(w[:, None]) if hasattr(J, "tocsr") else J * w[:, None]
         return Curvature(
             rows=J.tocsr() if hasattr(J, "tocsr") else J,

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -70,8 +70,8 @@ class Uncertainty:
 class Curvature:
     """The ingredients: rows or their Gram matrix, and what weighs them.
 
-    rows (m, n) is dense or sparse, or None where only the Gram matrix (n, n) exists; scores (m,)
-    are psi = rho' r of a robust loss with rows already weighted, together with raw rows.
+    rows (m, n) is dense or sparse, or None where only the Gram matrix (n, n) or `Columns` exist.
+    With rows already weighted, scores (m,) are psi = rho' r of a robust loss, for the raw rows.
     """
 
     rows: Any
@@ -81,6 +81,47 @@ class Curvature:
     held: np.ndarray
     scores: np.ndarray | None = None
     raw_rows: Any = None
+
+
+class Columns(Protocol):
+    """The columns a_j (m,) of rows A (m, n), m < n, which stay where they are."""
+
+    norms: np.ndarray
+
+    def triangle(self, d: np.ndarray) -> np.ndarray:
+        """L (m, m) of ``A d = L Q``, where the rows of Q are orthonormal."""
+        ...
+
+    def squares(self, B: np.ndarray) -> np.ndarray:
+        """``|B a_j|^2`` (n,) for B (k, m)."""
+        ...
+
+
+def of_columns(columns: Columns, c: Curvature, absolute: bool) -> tuple[np.ndarray, int]:
+    """Standard errors (n,) and rank of fewer residuals than parameters, without their rows.
+
+    As in (1), with ``V = J_h' U S^-1``: U and S are those of a triangle (m, m), and what is
+    wanted of V are sums over its rows. ``c.scores`` are factors of the weighted rows.
+    """
+    free, epsilon = ~c.held, np.finfo(float).eps
+    norms = columns.norms
+    d = np.divide(1.0, norms, out=np.zeros_like(norms), where=free & (norms > 0))
+    U, s, _ = np.linalg.svd(columns.triangle(d))
+    rank = int(np.sum(s > epsilon * max(c.m, np.sum(free)) * s[0]))
+    dof = c.m - rank
+    unknown = np.where(free, np.inf, 0.0)
+    if rank == 0 or (dof == 0 and (c.scores is not None or not absolute)):
+        return unknown, rank
+    U, s = U[:, :rank], s[:rank]
+    B = U.T / s[:, None]
+    share = d**2 * columns.squares(B)  # of a parameter that is not in a null direction
+    B /= s[:, None]
+    variance = 1.0 if absolute else 2.0 * c.cost / dof
+    if c.scores is not None:
+        B, variance = (c.scores[:, None] * U) @ B, c.m / dof
+    errors = d**2 * np.sqrt(variance * columns.squares(B))
+    known = 1.0 - share <= max(UNDETERMINED**2, epsilon * c.m * s[0] / s[-1])
+    return np.where(free & known, errors, unknown), rank
 
 
 def uncertainty(c: Curvature, absolute_sigma: bool = False, sandwich: bool = False) -> Uncertainty:

@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "_uncertainty": {"_xp", "_linalg"},
     "_report": {"_xp"},
-    "_result": {"_xp", "_uncertainty", "_report"},
+    "_result": {"_xp", "_loss", "_uncertainty", "_report"},
     "_history": {"_state"},
     "_hooks": set(),
 }  # fmt: skip

@@ -275,6 +275,61 @@ def test_what_scipy_works_on_comes_to_the_host_at_accepted_points_only(
     np.testing.assert_allclose(host(result.x), expected.x, rtol=1e-7, atol=1e-9)
 
 
+def undetermined(xp: Any, m: int = 8, n: int = 20) -> tuple[Any, Any]:
+    """fun and jac of a fit that determines two of its n parameters and mixes up the others."""
+    rng = np.random.default_rng(2)
+    a = np.zeros((m, n))
+    a[:5, :2] = rng.standard_normal((5, 2))
+    a[5:, 2:-1] = rng.standard_normal((m - 5, n - 3))
+    A, b = xp.array(a), xp.array(rng.standard_normal(m))
+    return (
+        lambda x: A @ x + 0.1 * xp.sin(A @ x) - b,
+        lambda x: A * (1.0 + 0.1 * xp.cos(A @ x))[:, None],
+    )
+
+
+def own_loss(xp: Any) -> Any:
+    """log(1 + z) by a library."""
+    return lambda z: xp.stack([xp.log1p(z), 1.0 / (1.0 + z), -1.0 / (1.0 + z) ** 2])
+
+
+@pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"loss": "soft_l1", "f_scale": 0.2},
+        {"fixed": np.arange(20) % 3 == 2},
+        {"loss": own_loss},
+    ],
+    ids=["plain", "robust", "fixed", "own loss"],
+)
+def test_standard_errors_of_a_wide_problem_take_no_column_to_the_host(
+    xp: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], few: bool
+) -> None:
+    m, n = (8, 20) if few else (12, 301)
+    if not few and "fixed" in options:
+        options = {"fixed": np.arange(n) > 6}  # more residuals than parameters that are free
+    own = callable(options.get("loss"))
+    problem = undetermined if few else wide
+    ours, theirs = (
+        {**options, "loss": own_loss(library)} if own else options for library in (xp, np)
+    )
+    expected = least_squares(problem(np, n=n)[0], np.zeros(n), problem(np, n=n)[1], **theirs)
+    fun, jac = problem(xp, n=n)
+    result = least_squares(fun, xp.zeros(n), jac, backend="cupynumeric", **ours)
+    transfers = Transfers(xp, monkeypatch)
+    absolute = result.standard_errors(absolute_sigma=True)
+    found = result.standard_errors(), result.rank
+    monkeypatch.undo()
+    assert max(transfers.sizes) <= 8 * m  # J has m n numbers
+    assert found[1] == expected.rank
+    np.testing.assert_allclose(found[0], expected.standard_errors(), rtol=1e-6)
+    np.testing.assert_allclose(absolute, expected.standard_errors(absolute_sigma=True), rtol=1e-6)
+    assert np.isfinite(absolute).any() == (few or "fixed" in options)
+    np.testing.assert_allclose(result.covariance(), expected.covariance(), rtol=1e-5, atol=1e-12)
+
+
 def test_wide_jacobians_of_dependent_rows_go_over_to_qr(xp: Any) -> None:
     A = np.random.default_rng(0).standard_normal((5, 40))
     A[3] = A[4] + 1e-9 * A[3]

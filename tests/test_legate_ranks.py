@@ -89,6 +89,8 @@ def test_wide_arrays_of_two_ranks_fit_as_those_of_one_process(found: list[dict[s
     fun, jac = wide(np, 30, 4)
     expected = least_squares(fun, np.zeros(30), jac, bounds=(-0.01, 0.01), max_nfev=3)
     assert float.fromhex(found[0]["wide_arrays"]["cost"]) == pytest.approx(expected.cost, rel=1e-9)
+    errors = expected.standard_errors(absolute_sigma=True)
+    np.testing.assert_allclose(found[0]["wide_arrays"]["errors"], errors, rtol=1e-6)
 
 
 def test_wide_trials_of_two_ranks_are_those_of_one_process(found: list[dict[str, Any]]) -> None:

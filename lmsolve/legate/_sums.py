@@ -87,6 +87,20 @@ class ShardedSums(LocalSums):
         sums = self.reductions(n, loss)
         return sums.curvature_rows(sums.layout(m, (J, *parts(r, loss))), NOWHERE, loss is not None)
 
+    def columns(
+        self, J: Array, r: Array, loss: Loss | None
+    ) -> tuple[WideEquations, np.ndarray | None] | None:
+        """Of J (m, n) with m < n that stayed in Legate's memory: see LocalSums."""
+        if not is_cupynumeric(J) or J.shape[0] >= J.shape[1]:
+            return None
+        scores, w = None, np.ones(J.shape[0])
+        if loss is not None:
+            r = _for_loss(r, loss)
+            xp = array_namespace(r)
+            w = to_numpy(loss.curvature_weights(xp, r)).astype(float)
+            scores = to_numpy(loss.scores(xp, r)) / w
+        return WideEquations(J, w, np.zeros(J.shape[0]), _blocks(), False), scores
+
     def reserve(self, r: Array, n: int) -> None:
         """Raise MemoryError if a Jacobian by differences of residuals r (m,) would not fit."""
         if is_cupynumeric(r):
@@ -139,12 +153,17 @@ def parts(r: Array, loss: Loss | None) -> tuple[Array, ...]:
 
 def weighted(r: Array, loss: Loss | None) -> tuple[np.ndarray, np.ndarray]:
     """Weights (m,) of the rows, and the residuals (m,) that go with them, on the host."""
-    if loss is None or not isinstance(loss.rho, UserLoss):  # that one may compute with cuPyNumeric
-        r = to_numpy(r)
     if loss is None:
+        r = to_numpy(r)
         return np.ones_like(r), r
+    r = _for_loss(r, loss)
     w, r = loss.weights(array_namespace(r), r)
     return to_numpy(w), to_numpy(r)
+
+
+def _for_loss(r: Array, loss: Loss) -> Array:
+    """Residuals (m,) where the loss is to be evaluated: a user's may compute with cuPyNumeric."""
+    return r if isinstance(loss.rho, UserLoss) else to_numpy(r)
 
 
 class ArrayFunctions:

@@ -52,7 +52,7 @@ class WideEquations:
         layout = self._layout()
         # The shards of columns may be copies, where the array was cut into rows.
         _memory.require(2 * layout.resident, layout.option, "A wide Jacobian and its columns")
-        both = self._columns(layout, np.concatenate([w * r, w]), 2)
+        both = self._columns(ColumnJob, layout, np.stack([w * r, w]), 2)
         self.grad, self.norms = both[0], np.sqrt(both[1])
         self._d: np.ndarray | None = None
         self._L = np.empty((0, 0))
@@ -87,7 +87,7 @@ class WideEquations:
     def read(self, step: WideStep) -> np.ndarray:
         """The step p (n,): one launch, and one read of n numbers."""
         assert self._d is not None
-        p = self._d**2 * self._columns(self._layout(), step.z, 1)[0]
+        p = self._d**2 * self._columns(ColumnJob, self._layout(), step.z[None, :], 1)[0]
         p = p.astype(self._r.dtype, copy=False)
         self._last = p, step.Jp
         return p
@@ -124,18 +124,25 @@ class WideEquations:
         except LinAlgError:
             ill = True
         if ill:
-            m = self._r.shape[0]
-            self._L = self._sums.triangle(layout, self._w)[:m, :m].T
-            self.escalated = True
+            self._L, self.escalated = self.triangle(d), True
+
+    def triangle(self, d: np.ndarray) -> np.ndarray:
+        """L (m, m) for the column scales d (n,) from a QR factorisation of A'."""
+        m = self._r.shape[0]
+        return self._sums.triangle(self._layout(d), self._w)[:m, :m].T
+
+    def squares(self, B: np.ndarray) -> np.ndarray:
+        """``|B a|^2`` (n,) of every column a (m,) of diag(w) J, for B (k, m)."""
+        return self._columns(SquaresJob, self._layout(), B * self._w, 1)[0]
 
     def _layout(self, *data: np.ndarray) -> Layout:
         doubles = [a.astype(float, copy=False) for a in data]
         return self._sums.layout(self._Jt.shape[0], (self._Jt, *doubles))
 
-    def _columns(self, layout: Layout, x: np.ndarray, count: int) -> np.ndarray:
-        """What ColumnJob says of x (count m,), array (count, n): one launch, one read."""
+    def _columns(self, job: type[RowJob], layout: Layout, x: np.ndarray, count: int) -> np.ndarray:
+        """What a job of columns says of x, array (count, n): one launch, one read."""
         place = self._sums.place(layout, count * layout.tile, "The columns of J")
-        self._sums.launch(ColumnJob(self._sums.functions, layout, x, place))
+        self._sums.launch(job(self._sums.functions, layout, x, place))
         found = place.read().reshape(layout.shards, count, layout.tile)
         return np.concatenate(list(found), axis=1)[:, : layout.m].astype(self._r.dtype)
 
@@ -204,19 +211,32 @@ class ColumnFunctions:
 
 
 class ColumnJob(RowJob):
-    """J'x for the columns of a shard, and the squared norms of diag(w) J if x goes on with w."""
+    """J'x for the columns of a shard, x[0] (m,), and the squared norms of diag(x[1]) J if given."""
 
     def _evaluate(self, x: Array, shard: Shard) -> float:
-        m = self._functions.n
-        count = x.shape[0] // m
-        out = np.zeros((count, self.layout.tile))
+        out = np.zeros((x.shape[0], self.layout.tile))
         done = 0
         xp = array_namespace(x)
         for (Jt,), b in self._blocks(shard):
             Jt = xp.astype(Jt, x.dtype, copy=False)
-            out[0, done : done + b] = to_numpy(Jt @ x[:m])
-            if count == 2:
-                out[1, done : done + b] = to_numpy(xp.sum((Jt * x[m:]) ** 2, axis=1))
+            out[0, done : done + b] = to_numpy(Jt @ x[0])
+            if x.shape[0] == 2:
+                out[1, done : done + b] = to_numpy(xp.sum((Jt * x[1]) ** 2, axis=1))
+            done += b
+        self._put(shard, out)
+        return 0.0
+
+
+class SquaresJob(RowJob):
+    """The squared lengths of the products of a matrix x (k, m) with the columns of a shard."""
+
+    def _evaluate(self, x: Array, shard: Shard) -> float:
+        out = np.zeros((1, self.layout.tile))
+        done = 0
+        xp = array_namespace(x)
+        for (Jt,), b in self._blocks(shard):
+            product = xp.astype(Jt, x.dtype, copy=False) @ x.T
+            out[0, done : done + b] = to_numpy(xp.sum(product * product, axis=1))
             done += b
         self._put(shard, out)
         return 0.0

@@ -105,7 +105,9 @@ def wide_arrays() -> dict[str, Any]:
     result = least_squares(
         fun, xp.zeros(30), jac, bounds=(-0.01, 0.01), backend="cupynumeric", max_nfev=3
     )
-    return {"cost": result.cost.hex(), "bits": np.asarray(result.x).tobytes().hex()}
+    errors = result.standard_errors(absolute_sigma=True)
+    bits = np.asarray(result.x).tobytes().hex() + errors.tobytes().hex()
+    return {"cost": result.cost.hex(), "bits": bits, "errors": errors.tolist()}
 
 
 def wide_trials() -> dict[str, Any]:
