@@ -1,9 +1,11 @@
-"""Chains of layers: the sums and products of the general way, from memory that is used again."""
+"""Chains of layers: the sums and products of the general way, and exact second derivatives."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from lmsolve.torch._descent import Descent  # noqa: E402
 from lmsolve.torch._jacobian import Plan  # noqa: E402
 from lmsolve.torch._losses import from_loss, from_residual  # noqa: E402
 from lmsolve.torch._network import Batch, Network  # noqa: E402
-from lmsolve.torch._params import Parameters  # noqa: E402
+from lmsolve.torch._params import Parameters, quiet_transforms  # noqa: E402
 from lmsolve.torch._problem import NetworkProblem, Settings  # noqa: E402
 from lmsolve.torch._session import Options, Session  # noqa: E402
 
@@ -41,6 +43,22 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(2, 2),
     "nested": lambda: nn.Sequential(mlp(2, 4, 3), nn.Tanh(), nn.Linear(3, 1)),
     "function at the end": lambda: nn.Sequential(mlp(2, 4, 2), nn.Sigmoid()),
+    "wide": lambda: mlp(3, 24, 6),
+}
+
+
+def curved(z: Any, y: Any) -> Any:
+    """Residuals that are not linear in the outputs, but for the last."""
+    return torch.cat(
+        [torch.sin(z) * y, z[:, :1] ** 2 - z[:, -1:] * y[:, :1], z[:, :1] - y[:, :1]], 1
+    )
+
+
+LOSSES = {
+    "residual": from_residual(None),
+    "curved": from_residual(curved),
+    "mse": from_loss("mse"),
+    "cross_entropy": from_loss("cross_entropy"),
 }
 
 
@@ -50,17 +68,16 @@ def setup(model: nn.Module, loss: str = "mse", dtype: Any = torch.float64) -> tu
     x = torch.randn(B, next(model.parameters()).shape[1], dtype=dtype)
     with torch.no_grad():
         y = torch.rand_like(model(x))
-    network = Network(
-        model, Parameters.of(model), from_residual(None) if loss == "residual" else from_loss(loss)
-    )
+    network = Network(model, Parameters.of(model), LOSSES[loss])
     return network, Batch(x, y, torch.rand(B, dtype=dtype), B)
 
 
-def problems(network: Any, batch: Any, settings: Any, monkeypatch: Any) -> tuple[Any, Any]:
-    """The general problem and the chain's, in small blocks."""
-    monkeypatch.setattr(
-        _chain_problem, "block_rows", lambda n, dtype: 32 // torch.get_num_threads()
-    )
+def problems(
+    network: Any, batch: Any, settings: Any, monkeypatch: Any, threads: int = 1
+) -> tuple[Any, Any]:
+    """The general problem and the chain's, in small blocks for some threads."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(_chain_problem, "block_rows", lambda n, dtype: 32 // threads)
     k = network.judge(network.parameters.unpack(start(network)), batch, 1.0).rows.shape[1]
     plan = Plan("factors", k, False, 40)
     chain = Chain.of(network)
@@ -73,13 +90,15 @@ def start(network: Any) -> Any:
     return network.parameters.pack(network.module).double()
 
 
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("loss", ["residual", "cross_entropy"])
+@pytest.mark.parametrize("loss", ["residual", "curved", "cross_entropy"])
 def test_sums_and_products_are_those_of_the_general_way(
-    name: str, loss: str, monkeypatch: pytest.MonkeyPatch
+    name: str, loss: str, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network, batch = setup(MODELS[name](), loss)
-    general, chained = problems(network, batch, Settings(0.25, decay=0.1), monkeypatch)
+    settings = Settings(0.25, decay=0.1)
+    general, chained = problems(network, batch, settings, monkeypatch, threads)
     assert len(chained.inputs) >= 3
     x = start(network)
     evaluated = chained.residual(x)
@@ -90,10 +109,44 @@ def test_sums_and_products_are_those_of_the_general_way(
     z, p = torch.randn(chained.m).double(), torch.randn_like(x)
     torch.testing.assert_close(b.products.transposed(z), a.products.transposed(z))
     torch.testing.assert_close(b.products.product(p), a.products.product(p))
-    if loss == "residual":
-        step = a.solve(0.1)
-        torch.testing.assert_close(b.solve(0.1), step)
+    step = a.solve(0.1)
+    torch.testing.assert_close(b.solve(0.1), step)
+    if loss != "cross_entropy":
         torch.testing.assert_close(b.acceleration(step), a.acceleration(step))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("loss", ["residual", "curved"])
+def test_second_derivatives_of_float32_are_exact(
+    name: str, loss: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, batch = setup(MODELS[name](), loss, torch.float32)
+    _, chained = problems(network, batch, Settings(0.25), monkeypatch, threads)
+    x = start(network)
+    sub = chained.linearize(x, chained.residual(x))
+    p = sub.solve(0.1)
+
+    precise = Network(
+        copy.deepcopy(network.module).double(),
+        replace(network.parameters, dtype=torch.float64),
+        network.objective,
+    )
+    samples = Batch(batch.inputs.double(), batch.targets.double(), batch.weights, B)
+
+    def rows(t: Any) -> Any:
+        tensors = precise.parameters.unpack(x + t * p)
+        return precise.judge(tensors, samples, 0.25).rows.reshape(-1)
+
+    t, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    with quiet_transforms():
+        _, r_pp = torch.func.jvp(lambda s: torch.func.jvp(rows, (s,), (one,))[1], (t,), (one,))
+    close = {"rtol": 1e-4, "atol": 1e-5 * float(r_pp.abs().amax())}
+    torch.testing.assert_close(sub.products.second_derivative(p).double(), r_pp, **close)
+    right = -0.5 * sub.products.transposed(r_pp).double()
+    A = sub.gram + 0.1 * torch.eye(len(x))
+    close = {"rtol": 1e-3, "atol": 1e-4 * float(right.abs().amax())}
+    torch.testing.assert_close(A @ sub.acceleration(p), right, **close)
 
 
 @pytest.mark.parametrize("damping", [1e-6, 1e-2])
@@ -116,7 +169,7 @@ def test_trials_leave_the_linearised_point_alone(monkeypatch: pytest.MonkeyPatch
     sub = chained.linearize(x, chained.residual(x))
     for shift in (0.1, 0.2):
         chained.residual(x + shift)
-        sub.slope(torch.ones_like(x))
+        sub.acceleration(sub.solve(0.1))
     z = torch.randn(B).double()
     expected = general._normal(x, None).products.transposed(z)
     torch.testing.assert_close(sub.products.transposed(z), expected)
@@ -170,6 +223,34 @@ def test_a_layer_that_does_something_else_is_found_out() -> None:
     assert verified(network, batch, Settings(), start(network), 2) is not None
     model[1].forward = torch.sin
     assert verified(network, batch, Settings(), start(network), 2) is None
+
+
+class Once(torch.autograd.Function):
+    """Cannot be differentiated twice."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Any) -> Any:
+        ctx.save_for_backward(z)
+        return z**3
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Any) -> Any:
+        (z,) = ctx.saved_tensors
+        return 3 * z**2 * g
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_residuals_without_second_derivatives_go_the_general_way(
+    accelerated: bool, dtype: Any
+) -> None:
+    model = mlp(2, 3, 2)
+    _, batch = setup(model, dtype=dtype)
+    objective = from_residual(lambda z, y: Once.apply(z) - y)
+    network = Network(model, Parameters.of(model), objective)
+    found = verified(network, batch, Settings(acceleration=accelerated), start(network), 2)
+    assert (found is None) == (accelerated and dtype == torch.float32)
 
 
 def test_a_fit_takes_the_chain_where_the_normal_equations_fit() -> None:

@@ -1,16 +1,17 @@
 """The problem of a chain of layers, in blocks for the cache.
 
 A trial keeps the outputs of the layers that it computes anyway, in memory that is used again and
-again, and a linearisation goes backward through them. A block of J comes out transposed, as its
-Gram product reads it. What a block needs fits into a core's second-level cache.
+again; a linearisation goes backward through them, and an acceleration forward along the step. A
+block of J comes out transposed, as its Gram product reads it, with r below it. What a thread's
+chunk of a block needs fits into a core's second-level cache.
 
-Symbols: B samples in blocks of b, k residuals of each; layers of i inputs and o outputs.
+Symbols: B samples in blocks of c chunks of b, k residuals of each; layers of i inputs, o outputs.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,36 +23,70 @@ from ._losses import Judged
 from ._network import Batch, Network
 from ._params import Parameters
 from ._problem import Evaluation, NetworkProblem, Settings, accumulator
-from ._subproblems import TallSubproblem
-from ._sums import NormalSums
+from ._subproblems import TallSubproblem, solved
+from ._sums import FEWEST_SYRK, ChunkSums, NormalSums
 
+# Elements of a cache line: rows that begin with one are written a quarter faster.
+_LINE = 8
 # Samples on which a chain is compared with a plain backward pass.
 _PROBE = 64
 
 
-def _with_ones(h: Tensor) -> Tensor:
-    """(i + 1, b): a layer's input, and below it what the bias multiplies."""
-    return torch.cat([h, torch.ones_like(h[:1])])
+@dataclass(frozen=True)
+class Cuts:
+    """How samples are cut: `count` blocks of `chunks` times `size`, and one chunk of the rest."""
+
+    count: int
+    chunks: int
+    size: int
+    rest: int
+
+    @classmethod
+    def even(cls, samples: int, chunks: int, most: int) -> Cuts:
+        """Blocks alike, of chunks of at most `most` samples."""
+        chunks = min(chunks, samples)
+        size = max(1, samples // (chunks * -(-samples // (chunks * most))))
+        if size > _LINE:
+            size -= size % _LINE
+        count = samples // (chunks * size)
+        return cls(count, chunks, size, samples - count * chunks * size)
+
+    def of(self, whole: Tensor) -> list[Tensor]:
+        """The blocks (c, ..., b) of a tensor (..., B)."""
+        shape = (self.count, self.chunks, self.size)
+        whole, rest = torch.split(whole, [math.prod(shape), self.rest], -1)
+        blocks = [*torch.unflatten(whole, -1, shape).movedim((-3, -2), (0, 1)).unbind(0)]
+        return [*blocks, rest[None]] if self.rest else blocks
+
+    def each(self, matrices: Sequence[Tensor]) -> list[list[Tensor]]:
+        """For each block matrices (c, ., .), from those for all."""
+        whole = [W.expand(self.chunks, -1, -1) for W in matrices]
+        return self.firsts(whole)
+
+    def firsts(self, stacks: list[Tensor]) -> list[list[Tensor]]:
+        """For each block as many of each stack as it has chunks."""
+        blocks = [stacks] * self.count
+        return [*blocks, [stack[:1] for stack in stacks]] if self.rest else blocks
 
 
 class Memory:
-    """Outputs of the hidden layers, block by block; whoever wrote them last owns them."""
+    """Outputs of all layers; whoever wrote them last owns them.
 
-    def __init__(self, chain: Chain, inputs: Sequence[Tensor]) -> None:
-        self.sizes = [h.shape[1] for h in inputs]
-        self.blocks = [
-            [_with_ones(h.new_empty((width, h.shape[1]))) for width in chain.widths[:-1]]
-            for h in inputs
-        ]
-        self.values = [[h[:-1] for h in block] for block in self.blocks]
+    Or `folded`, with the hidden layers of all blocks in one place, which stays in the cache.
+    """
+
+    def __init__(
+        self, chain: Chain, cuts: Cuts, inputs: Sequence[Tensor], folded: bool = False
+    ) -> None:
+        samples = sum(len(h) * h.shape[2] for h in inputs)
+        self.y = inputs[0].new_empty((chain.widths[-1], samples))
+        self.blocks: list[Layers] = []
+        hidden: list[Tensor] = []
+        for h, y in zip(inputs, cuts.of(self.y), strict=True):
+            if not (folded and self.blocks and h.shape == inputs[0].shape):
+                hidden = [h.new_empty((len(h), o + 1, h.shape[2])) for o in chain.widths[:-1]]
+            self.blocks.append(Layers.of(h, hidden, y))
         self.owner: Trace | None = None
-
-    def folded(self) -> Memory:
-        """The same with all full blocks in one place, which stays in the cache."""
-        folded, again = copy.copy(self), len(self.sizes) - 1
-        folded.blocks = self.blocks[:1] * again + self.blocks[-1:]
-        folded.values = self.values[:1] * again + self.values[-1:]
-        return folded
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,14 +98,28 @@ class Trace:
     judged: Judged  # rows with their graph back to `y`
     memory: Memory
 
-    def slopes(self) -> Tensor:
+    def slopes(self, graph: bool = False) -> Tensor:
         """Derivatives (k, o, B) of the residuals of each sample in its outputs."""
         rows = self.judged.rows
         found = []
-        for column in range(rows.shape[1]):
-            (g,) = torch.autograd.grad(rows[:, column].sum(), self.y, retain_graph=True)
+        for weights in torch.eye(rows.shape[1], dtype=rows.dtype):
+            (g,) = torch.autograd.grad(
+                rows, self.y, weights.expand_as(rows), retain_graph=True, create_graph=graph
+            )
             found.append(g)
         return torch.stack(found)
+
+    def bends(self) -> bool:
+        """Whether the residuals can be differentiated twice in the outputs."""
+        rows = self.judged.rows
+        # The derivative depends on the weights, unless its own is hidden from autograd.
+        weights = torch.ones_like(rows, requires_grad=True)
+        (g,) = torch.autograd.grad(rows, self.y, weights, retain_graph=True, create_graph=True)
+        try:
+            _, found = torch.autograd.grad(g.sum(), (self.y, weights), allow_unused=True)
+        except RuntimeError:  # torch's answer where an operation has one derivative only
+            return False
+        return found is not None
 
 
 class ChainProblem(NetworkProblem):
@@ -82,11 +131,15 @@ class ChainProblem(NetworkProblem):
         super().__init__(network, batch, plan, settings)
         self.chain = chain
         own = network.parameters
-        # A block for every core's cache: torch's threads share each operation.
-        rows = torch.get_num_threads() * block_rows(own.n, own.dtype)
-        self.inputs = [_with_ones(part.T) for part in batch.inputs.split(max(1, rows // plan.k))]
+        threads, most = torch.get_num_threads(), block_rows(own.n, own.dtype)
+        # Chunks where a product takes one thread, else one block for all threads' caches.
+        chunks, most = (threads, most) if own.n < FEWEST_SYRK else (1, threads * most)
+        self.cuts = Cuts.even(batch.size, chunks, max(1, most // plan.k))
+        blocks = self.cuts.of(batch.inputs.T)
+        self.inputs = [torch.cat([h, torch.ones_like(h[:, :1])], 1) for h in blocks]
         # One for the point that is linearised, one for the next trial.
-        self._held, self._spare = (Memory(chain, self.inputs) for _ in range(2))
+        self._held, self._spare = (Memory(chain, self.cuts, self.inputs) for _ in range(2))
+        self._passing = Memory(chain, self.cuts, self.inputs, folded=True)
 
     @staticmethod
     def suits(chain: Chain, batch: Batch, dtype: torch.dtype, memory: int) -> bool:
@@ -105,21 +158,23 @@ class ChainProblem(NetworkProblem):
 
     def _trace(self, point: Point, memory: Memory) -> Trace:
         """Outputs and residuals at a point."""
-        tensors = tuple(point.tensors.values())
-        y = self.batch.inputs.new_empty((self.chain.widths[-1], self.batch.size))
-        matrices, ends = self.chain.matrices(tensors), torch.split(y, memory.sizes, 1)
-        blocks = zip(self.inputs, memory.blocks, memory.values, ends, strict=True)
-        for h, hidden, values, end in blocks:
-            self.chain.forward(matrices, [h, *hidden], [*values, end])
-        y.requires_grad_()
+        y = self._outputs(point, memory).detach().requires_grad_()
         with torch.enable_grad():
             judged = self.network.judge_output(y.T, self.batch, point.scale)
+        tensors = tuple(point.tensors.values())
         return Trace(tensors, y, Judged(judged.rows, judged.cost.detach()), memory)
 
     def _rows(self, point: Point) -> Tensor:
         """All rows r (m,)."""
-        self._spare.owner = None
-        return self._trace(point, self._spare.folded()).judged.rows.detach().reshape(-1)
+        y = self._outputs(point, self._passing)
+        return self.network.judge_output(y.T, self.batch, point.scale).rows.reshape(-1)
+
+    def _outputs(self, point: Point, memory: Memory) -> Tensor:
+        """Outputs y (o, B)."""
+        matrices = self.cuts.each(self.chain.matrices(tuple(point.tensors.values())))
+        for matrix, layers in zip(matrices, memory.blocks, strict=True):
+            self.chain.forward(matrix, layers)
+        return memory.y
 
     def _normal(self, x: Tensor, passes: object, damping: float = 0.0) -> TallSubproblem:
         if not isinstance(passes, Trace) or passes.memory.owner is not passes:
@@ -127,40 +182,63 @@ class ChainProblem(NetworkProblem):
             assert isinstance(passes, Trace)
         if passes.memory is self._spare:
             self._held, self._spare = self._spare, self._held
-        network, n = self.network, self.network.parameters.n
-        sums = NormalSums(n, accumulator(network, n), x.device, self._block_dtype(damping))
-        products = ChainProducts(self, passes, passes.slopes())
-        products.add_rows(sums)
         r = passes.judged.rows.detach().reshape(-1).to(x.dtype)
         slope = self._slope(x, r)
-        decay = self.settings.decay
-        return TallSubproblem(sums.gram, sums.grad, x, r, products, decay, slope)
+        # In float32 a difference of two residuals has lost most of their second derivative.
+        exact = slope is not None and self.network.parameters.dtype == torch.float32
+        products = ChainProducts(self, passes, passes.slopes(exact))
+        sums = self._sums(damping)
+        products.add_rows(sums)
+        kind = CurvedChain if exact else TallSubproblem
+        return kind(sums.gram, sums.grad, x, r, products, self.settings.decay, slope)
+
+    def _sums(self, damping: float) -> NormalSums | ChunkSums:
+        n, x = self.network.parameters.n, self.batch.inputs
+        dtype, block_dtype = accumulator(self.network, n), self._block_dtype(damping)
+        if n < FEWEST_SYRK:
+            return ChunkSums(n, dtype, self.cuts.chunks, block_dtype)
+        return NormalSums(n, dtype, x.device, block_dtype)
+
+
+class CurvedChain(TallSubproblem):
+    """Normal equations with exact second derivatives."""
+
+    products: ChainProducts
+
+    def acceleration(self, p: Tensor) -> Tensor:
+        """Geodesic acceleration (n,) of the last step."""
+        assert self._factor is not None
+        right = self.products.transposed(self.products.second_derivative(p)).to(p.dtype)
+        return -0.5 * solved(self._factor, right)
 
 
 class Block:
-    """Memory for a block of J', (n, k b), and in it for each residual the part of each layer."""
+    """Memory for a block of [J r]', (c, n + 1, k b), and in it the part of each row and layer."""
 
-    def __init__(
-        self, chain: Chain, parameters: Parameters, k: int, b: int, dtype: torch.dtype
-    ) -> None:
-        Jt = torch.empty((parameters.n, k, b), dtype=dtype)
-        self.Jt = Jt.flatten(1)
+    def __init__(self, chain: Chain, parameters: Parameters, r: Tensor, dtype: torch.dtype) -> None:
+        chunks, k, b = r.shape
+        J = torch.empty((chunks, parameters.n + 1, k, b), dtype=dtype)
+        self.chunks, self.r = J.flatten(2), J[:, -1]
         shapes = parameters.shapes
         self.weights = [
-            [Jt[parameters.span(w), row].view(*shapes[w], b) for w, _, _ in chain.links]
+            [
+                torch.unflatten(J[:, parameters.span(w), row], 1, shapes[w])
+                for w, _, _ in chain.links
+            ]
             for row in range(k)
         ]
         self.biases = [
-            [None if i is None else Jt[parameters.span(i), row] for _, i, _ in chain.links]
+            [None if i is None else J[:, parameters.span(i), row] for _, i, _ in chain.links]
             for row in range(k)
         ]
         # d is made where it stays, or made in the model's dtype and copied.
         same = dtype == parameters.dtype
-        self.places = self.biases if same else [[None] * len(chain.links)] * k
+        nowhere: list[Tensor | None] = [None] * len(chain.links)
+        self.places = self.biases if same else [nowhere] * k
 
-    def put(self, row: int, number: int, h: Tensor, d: Tensor) -> None:
-        """The rows of a layer with the input h (i, b) and the gradient d (o, b)."""
-        torch.mul(d[:, None], h, out=self.weights[row][number])
+    def put(self, row: int, number: int, d: Tensor, factor: Tensor) -> None:
+        """The rows of a layer with the gradient d (c, o, b) and the input (c, 1, i, b)."""
+        torch.mul(d[:, :, None], factor, out=self.weights[row][number])
         bias = self.biases[row][number]
         if bias is not None and bias is not d:
             bias.copy_(d)
@@ -172,52 +250,107 @@ class ChainProducts:
 
     problem: ChainProblem
     trace: Trace
-    slopes: Tensor  # (k, o, B)
+    slopes: Tensor  # (k, o, B), with a graph back to the outputs where they are not constant
 
-    def add_rows(self, sums: NormalSums) -> None:
+    def add_rows(self, sums: NormalSums | ChunkSums) -> None:
         """Add all rows."""
-        chain, parameters = self.problem.chain, self.problem.network.parameters
-        k, tensors = len(self.slopes), self.trace.tensors
+        chain, cuts = self.problem.chain, self.problem.cuts
+        blocks = zip(
+            self.trace.memory.blocks,
+            self._transposes(),
+            cuts.of(self.trace.judged.rows.detach().T),
+            cuts.of(self.slopes.detach()),
+            strict=True,
+        )
         block: Block | None = None
-        for (r, d), layers in self._blocks(self.trace.judged.rows.detach().T, self.slopes):
-            b = r.shape[1]
-            if block is None or block.Jt.shape[1] != k * b:
+        for layers, transposes, r, d in blocks:
+            if block is None or block.r.shape != r.shape:
                 block = None  # before the next one takes its memory
-                block = Block(chain, parameters, k, b, sums.block_dtype)
-            for row in range(k):
-                for layer in chain.backward(tensors, layers, d[row], block.places[row]):
-                    block.put(row, *layer)
-            sums.add(r.reshape(-1), block.Jt.T)
+                block = Block(chain, self.problem.network.parameters, r, sums.block_dtype)
+            block.r.copy_(r)
+            for row, places in enumerate(block.places):
+                for number, d_l in chain.backward(transposes, layers, d[:, row], places):
+                    block.put(row, number, d_l, layers.factors[number])
+            sums.add_chunks(block.chunks)
 
     def transposed(self, z: Tensor) -> Tensor:
         """J'z (n,)."""
-        chain, parameters = self.problem.chain, self.problem.network.parameters
+        chain, cuts = self.problem.chain, self.problem.cuts
         z = z.to(self.slopes.dtype).view(-1, len(self.slopes)).T
-        total = z.new_zeros(parameters.n)
-        parts = list(parameters.unpack(total).values())
-        nowhere = [None] * len(chain.links)
-        for (d,), layers in self._blocks((self.slopes * z[:, None]).sum(0)):
-            for number, h, d_l in chain.backward(self.trace.tensors, layers, d, nowhere):
-                link = chain.links[number]
-                parts[link.weight].addmm_(d_l, h.T)
-                if link.bias is not None:
-                    parts[link.bias].add_(d_l.sum(1))
-        return total
+        d = (self.slopes.detach() * z[:, None]).sum(0)
+        first = self.trace.memory.blocks[0]
+        # Inputs times gradients, (i + 1, o): the other way round it takes three times as long.
+        totals = [
+            h.new_zeros((len(h), h.shape[1], v.shape[1]))
+            for h, v in zip(first.arguments, first.values, strict=True)
+        ]
+        nowhere: list[Tensor | None] = [None] * len(chain.links)
+        blocks = zip(
+            self.trace.memory.blocks, self._transposes(), cuts.of(d), cuts.firsts(totals),
+            strict=True,
+        )  # fmt: skip
+        for layers, transposes, d, sums in blocks:
+            for number, d_l in chain.backward(transposes, layers, d, nowhere):
+                sums[number].baddbmm_(layers.arguments[number], d_l.mT)
+        return self._flat([total.sum(0) for total in totals])
+
+    def _flat(self, products: Sequence[Tensor]) -> Tensor:
+        """Vector (n,) of one value for each parameter, from (i + 1, o) for each layer."""
+        parameters = self.problem.network.parameters
+        found = products[0].new_empty(parameters.n)
+        parts = list(parameters.unpack(found).values())
+        for link, product in zip(self.problem.chain.links, products, strict=True):
+            parts[link.weight].copy_(product[:-1].T)
+            if link.bias is not None:
+                parts[link.bias].copy_(product[-1])
+        return found
+
+    def _transposes(self) -> list[list[Tensor]]:
+        """Transposed weights for each block."""
+        weights = [self.trace.tensors[link.weight].T for link in self.problem.chain.links]
+        return self.problem.cuts.each(weights)
 
     def product(self, p: Tensor) -> Tensor:
         """J p (m,)."""
-        chain, tensors = self.problem.chain, self.trace.tensors
-        directions = chain.matrices(list(self.problem.network.parameters.unpack(p).values()))
-        images = [chain.pushed(tensors, directions, layers) for _, layers in self._blocks()]
-        return (self.slopes * torch.cat(images, 1)).sum(1).T.reshape(-1)
+        return self._rows(self._pushed(p)[0])
 
-    def _blocks(self, *wholes: Tensor) -> Iterator[tuple[tuple[Tensor, ...], Layers]]:
-        """Parts of tensors (..., B) block by block, and the block."""
-        memory = self.trace.memory
-        parts = [torch.split(v, memory.sizes, -1) for v in (*wholes, self.trace.y.detach())]
-        blocks = zip(self.problem.inputs, memory.blocks, memory.values, *parts, strict=True)
-        for h, arguments, values, *own, y in blocks:
-            yield tuple(own), Layers([h, *arguments], [h[:-1], *values, y])
+    def second_derivative(self, p: Tensor) -> Tensor:
+        """r_pp (m,)."""
+        first, second = self._pushed(p)
+        rows = self._rows(second)
+        if not self.slopes.requires_grad:
+            return rows  # the residuals are linear in the outputs
+        bent = []
+        for slope in self.slopes:
+            (turned,) = torch.autograd.grad(
+                slope, self.trace.y, first, retain_graph=True, materialize_grads=True
+            )
+            bent.append((turned * first).sum(0))
+        return rows + torch.stack(bent, 1).reshape(-1)
+
+    def _rows(self, dy: Tensor) -> Tensor:
+        """Change of the rows (m,) with the outputs' dy (o, B)."""
+        return (self.slopes.detach() * dy).sum(1).T.reshape(-1)
+
+    def _pushed(self, p: Tensor) -> tuple[Tensor, Tensor]:
+        """First and second derivative (o, B) of the outputs along p."""
+        chain, cuts = self.problem.chain, self.problem.cuts
+        directions = list(self.problem.network.parameters.unpack(p).values())
+        first, second = torch.zeros_like(self.trace.memory.y), torch.zeros_like(self.trace.memory.y)
+        blocks = zip(
+            self.trace.memory.blocks,
+            cuts.each(chain.matrices(self.trace.tensors)),
+            cuts.each(chain.matrices(directions, corner=0.0)),
+            cuts.of(first),
+            cuts.of(second),
+            strict=True,
+        )
+        for layers, matrices, along, to_first, to_second in blocks:
+            a, b = chain.pushed(matrices, along, layers)
+            to_first.copy_(a)
+            if b is not None:
+                to_second.copy_(b)
+        return first, second
 
 
 def verified(network: Network, batch: Batch, settings: Settings, x: Tensor, k: int) -> Chain | None:
@@ -229,6 +362,8 @@ def verified(network: Network, batch: Batch, settings: Settings, x: Tensor, k: i
     problem = ChainProblem(network, probe, Plan("factors", k, False, _PROBE), settings, chain)
     r, z, exact = reference(network, probe, problem._point(x))
     sub = problem._normal(x, None)
-    if is_close(sub.r.to(r.dtype), r) and is_close(sub.products.transposed(z), exact):
-        return chain
-    return None
+    if not (is_close(sub.r.to(r.dtype), r) and is_close(sub.products.transposed(z), exact)):
+        return None
+    if isinstance(sub, CurvedChain) and not sub.products.trace.bends():
+        return None
+    return chain
