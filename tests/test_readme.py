@@ -53,3 +53,27 @@ def test_the_guide_runs() -> None:
     found = re.findall(r"^```python\n(.*?)^```", guide.read_text(), re.DOTALL | re.MULTILINE)
     assert len(found) > 8
     assert run(found)["peak"].success
+
+
+def test_the_page_on_networks_runs() -> None:
+    """But for cuPyLMA's side of the comparison, and what Legate starts."""
+    torch = pytest.importorskip("torch")
+    import lmsolve.torch
+
+    class MyModel(torch.nn.Sequential):  # type: ignore[misc]  # torch is optional here
+        def __init__(self) -> None:
+            super().__init__(torch.nn.Linear(1, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+
+    torch.manual_seed(0)
+    x = torch.linspace(-1, 1, 40)[:, None]
+    loader = [(x, x**2)] * 30
+    namespace = {"lmsolve": lmsolve, "torch": torch, "MyModel": MyModel, "model": MyModel(),
+                 "x": x, "y": x**2, "loader": loader}  # fmt: skip
+    page = (README.parent / "docs" / "torch.md").read_text()
+    found = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    blocks = [block for block in found if "cupylma" not in block and "linalg=" not in block]
+    assert len(blocks) >= 4 and len(found) - len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "docs/torch.md", "exec"), namespace)
+    assert isinstance(namespace["lm"], lmsolve.torch.LM)
+    assert namespace["loss"] < 0.1
