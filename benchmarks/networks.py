@@ -1,7 +1,7 @@
 """Networks: one step, and the time to a ladder of losses on the three example problems, beside
 torch-levenberg-marquardt, Adam and L-BFGS.
 
-    python benchmarks/networks.py               # five tables, and results/networks.json
+    python benchmarks/networks.py               # six tables, and results/networks.json
     python benchmarks/networks.py --smoke       # small sizes, nothing written
     python benchmarks/networks.py --only steps sinc
     legate --cpus 2 --gpus 0 benchmarks/networks.py --linalg legate     # or legate-split, torch
@@ -46,7 +46,9 @@ SHAPES = {"20000 x 61": (20_000, 1, 20), "2000 x 5000": (2_000, 20, 227)}
 STEPS = {"20000 x 61": 15, "2000 x 5000": 8}  # the cost is down to nothing soon after
 SMOKE_SHAPES = {"2000 x 61": (2_000, 1, 20), "200 x 661": (200, 20, 30)}
 OURS = ("ours", "ours, unaccelerated")
-PARTS = ("steps", "sinc", "images", "burgers", "features")
+PARTS = ("steps", "wide", "sinc", "images", "burgers", "features")
+# Widths of layers: five million parameters, mean squares of one output and cross entropy of ten.
+WIDE = ((784, 2000, 1700, 1), (784, 2000, 1700, 10))
 
 
 def problem(samples: int, inputs: int, width: int) -> tuple[nn.Module, Tensor, Tensor]:
@@ -129,6 +131,49 @@ def measure_steps(contender: str, shape: tuple[int, int, int], repeats: int) -> 
         "slowest": max(wall),
         "peak_mib": (after - before) / 1024,
     }
+
+
+def measure_wide(widths: list[int], samples: int, steps: int) -> dict[str, Any]:
+    """Accepted steps in float32, on fewer residuals than parameters."""
+    from lmsolve.torch._data import make_batch
+    from lmsolve.torch._descent import Descent
+    from lmsolve.torch._session import Options, Session
+
+    torch.manual_seed(0)
+    layers = [
+        layer for i, o in itertools.pairwise(widths) for layer in (nn.Linear(i, o), nn.Tanh())
+    ]
+    model, k = nn.Sequential(*layers[:-1]), widths[-1]
+    x = torch.randn(samples, widths[0])
+    y = torch.sin(x[:, :5].sum(1, keepdim=True)) if k == 1 else torch.randint(0, k, (samples,))
+    options = Options(loss="mse" if k == 1 else "cross_entropy")
+    session = Session(model, options, Descent())
+    session.place(make_batch(x, y, None, session.network.parameters), 0)
+    assert session.state is not None and session.problem is not None
+    found: dict[str, Any] = {"n": session.x.numel(), "m": session.problem.m, "steps": []}
+    found["start"] = session.state.cost
+    for _ in range(steps):
+        trials, a, b = 1, time.perf_counter(), time.process_time()
+        while not session.trial().accepted:
+            trials += 1
+        times = time.perf_counter() - a, time.process_time() - b
+        found["steps"].append([trials, *times, session.state.cost])
+    found["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return found
+
+
+def report_wide(smoke: bool) -> dict[str, Any]:
+    """Each accepted step, and the peak memory of the whole process."""
+    found = {}
+    for widths in ((20, 30, 1), (20, 30, 3)) if smoke else WIDE:
+        run = in_process("wide", widths, 64 if smoke else 1024, 2)
+        name = f"{run['n']:,} parameters, {run['m']:,} residuals"
+        print(f"\n{name}: {run['peak_gib']:.1f} GiB in all; cost {run['start']:.4g}")
+        for step, (trials, wall, processor, cost) in enumerate(run["steps"], 1):
+            times = f"wall {wall:6.1f} s, processor {processor:6.1f} s"
+            print(f"step {step}, trials {trials}, {times}, cost {cost:.4g}", flush=True)
+        found[name] = run
+    return found
 
 
 @dataclass(frozen=True)
@@ -305,7 +350,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.task:
         kind, *rest = json.loads(args.task)
-        measure = {"steps": measure_steps, "ladder": _ladders.measure, "feature": measure_feature}
+        measure: dict[str, Callable[..., Any]] = {
+            "steps": measure_steps,
+            "wide": measure_wide,
+            "ladder": _ladders.measure,
+            "feature": measure_feature,
+        }
         print(json.dumps(measure[kind](*rest)))
         return
     if args.linalg:
@@ -319,6 +369,8 @@ def main() -> None:
     for part in args.only:
         if part == "steps":
             found = report_steps(peers, args.smoke, args.threads)
+        elif part == "wide":
+            found = report_wide(args.smoke)
         elif part == "features":
             found = report_features(peers)
         else:

@@ -20,7 +20,7 @@ from lmsolve.torch._network import Batch, Network  # noqa: E402
 from lmsolve.torch._params import Parameters  # noqa: E402
 from lmsolve.torch._problem import NetworkProblem, Settings, block_sums  # noqa: E402
 from lmsolve.torch._products import GraphProducts, HeldProducts  # noqa: E402
-from lmsolve.torch._sums import NormalSums  # noqa: E402
+from lmsolve.torch._sums import ChunkSums, NormalSums  # noqa: E402
 
 B = 24
 MEMORY = 1 << 28
@@ -309,9 +309,12 @@ def test_float32_gram_keeps_small_singular_values() -> None:
     J = ((U * torch.logspace(0, -6, 12, dtype=torch.float64)) @ V.T).float()
     sums = NormalSums(12, torch.float64, J.device)
     sums.add(torch.ones(400), J)
+    chunked = ChunkSums(12, torch.float64, 2)
+    chunked.add_chunks(torch.cat([J.T, torch.ones(1, 400)]).double().view(13, 2, 200).movedim(1, 0))
     exact = torch.linalg.svdvals(J.double()) ** 2
-    found = torch.linalg.eigvalsh(sums.gram).flip(0)
-    assert torch.allclose(found, exact, rtol=1e-2)
+    for gram in (sums.gram, chunked.gram):
+        found = torch.linalg.eigvalsh(gram).flip(0)
+        assert torch.allclose(found, exact, rtol=1e-2)
     single = torch.linalg.eigvalsh((J.T @ J).double())[0]
     assert float((single / exact[-1] - 1).abs()) > 1
 
@@ -428,7 +431,18 @@ def test_form_follows_the_shape(samples: int, form: str) -> None:
     assert NetworkProblem(network, batch, plan, Settings()).form() == form
 
 
-def test_running_out_of_memory_halves_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 1 byte"),
+        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        MemoryError(),
+    ],
+    ids=["cpu", "cuda", "python"],
+)
+def test_running_out_of_memory_halves_the_block(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     network, batch, _ = setup(mlp(nn.Tanh()), vectors(4))
     x = network.parameters.pack(network.module)
@@ -439,7 +453,7 @@ def test_running_out_of_memory_halves_the_block(monkeypatch: pytest.MonkeyPatch)
 
     def limited(network: Any, tensors: Any, batch: Any, *rest: Any) -> Any:
         if batch.size > limit:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 1 byte")
+            raise error
         return run(network, tensors, batch, *rest)
 
     monkeypatch.setattr(_factors, "run", limited)
