@@ -33,7 +33,7 @@ class Iteration(NamedTuple):
     polishing : bool
         Whether the trial was an undamped polishing step.
     escalated : bool
-        Whether the step came from a QR factorisation, the normal equations being ill-conditioned.
+        Whether the normal equations were too ill-conditioned for the step, which came from QR.
     """
 
     nfev: int

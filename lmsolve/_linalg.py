@@ -6,6 +6,7 @@ solves 25), other namespaces through their own ``linalg``.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import array_api_compat
@@ -21,15 +22,17 @@ LinAlgError = np.linalg.LinAlgError
 THREADED = 100
 #: From this size on the wait counts for less than the two copies that NumPy's makes.
 IN_PLACE = 1500
-#: Entries of J from which Cholesky QR beats Householder's (measured: 3 to 4 times as fast).
-CHOLESKY_QR = 200_000
-#: Passes of Cholesky QR, the shift of the first in units of (n + 1) eps, and the deviation of Q'Q
-#: from the identity below which the factor of it is accurate.
-PASSES, SHIFT, ORTHONORMAL = 3, 10.0, 0.1
-
-
-#: Rounds after which an inverse iteration knows the smallest singular value within a factor of two.
-INVERSE_ITERATIONS = 3
+#: Rows that are reduced at a time. Not a power of two: those of a column-ordered block would share
+#: lines of the cache, and copying them takes ten times as long.
+ROWS = 520
+#: Columns of a panel of Householder reflections, for so many columns and more (measured).
+PANELS = ((500, 32), (64, 16), (0, 8))
+#: Rounds after which an iteration knows the smallest, or the largest, singular value within a
+#: factor of two.
+POWER_ITERATIONS = 3
+#: Singular values of J are rounding below this many eps of the largest, or sqrt(m), or n: those of
+#: dependent columns came to 1 at m = 1000, to 17 at a million.
+NEGLIGIBLE = 64.0
 
 
 class Cholesky:
@@ -115,121 +118,96 @@ def identity(xp: Namespace, A: Array) -> Array:
     return xp.eye(A.shape[0], dtype=A.dtype, device=array_api_compat.device(A))
 
 
-def triangle(
-    xp: Namespace,
-    J: Array,
-    r: Array,
-    d: Array,
-    weights: Array | None = None,
-    gram: Array | None = None,
-) -> tuple[Array, Array]:
-    """R (k, n) and c (k,) with ``|W J diag(d) q + r| = |R q + c| + const`` for every q.
+def triangle(xp: Namespace, J: Array, r: Array, d: Array, weights: Array | None = None) -> Array:
+    """Upper triangular factor (k, n + 1) of ``[W J diag(d), r]``, k at most n + 1.
 
-    A tall J is reduced block of rows by block of rows, so that no copy of it exceeds a block.
-    A large one whose Gram matrix ``gram`` (n, n) is known goes by `cholesky_qr`, which does its
-    work in products of matrices; where that fails, and for smaller ones, each block is stacked on
-    the R of those before it (Demmel, Grigori, Hoemmen, Langou 2012, "Communication-optimal
-    parallel and sequential QR and LU factorizations", section 2: sequential tall-skinny QR).
+    A tall J is reduced block of rows by block of rows, each stacked on the factor of those before
+    it, so that no copy exceeds a block (Demmel, Grigori, Hoemmen, Langou 2012, "Communication-
+    optimal parallel and sequential QR and LU factorizations", section 2: sequential TSQR).
     """
+    if xp is np:
+        return _numpy_triangle(J, r, d, weights)
     m, n = J.shape
-    if xp is np and gram is not None and m * n >= CHOLESKY_QR:
-        R = cholesky_qr(J, r, d, weights, gram)
-        if R is not None:
-            return R[:, :n], R[:, n]
     rows = max(4 * (n + 1), 8192)
     R = None
     for start in range(0, m, rows):
         stop = min(start + rows, m)  # the standard leaves slices beyond the end undefined
         w = None if weights is None else weights[start:stop]
-        block = _augmented(xp, J[start:stop, :], r[start:stop], d, w)
+        block = augmented(xp, J[start:stop, :], r[start:stop], d, w)
         if R is not None:
             block = xp.concat([R, block], axis=0)
-        R = qr_r(xp, block)
-    assert R is not None
-    return R[:, :n], R[:, n]
+        R = xp.linalg.qr(block, mode="reduced")[1]
+    return R
 
 
-def cholesky_qr(
-    J: np.ndarray, r: np.ndarray, d: np.ndarray, weights: np.ndarray | None, gram: np.ndarray
-) -> np.ndarray | None:
-    """R (n + 1, n + 1) of ``[W J diag(d), r]`` by Cholesky factors of Gram matrices, or None.
-
-    Each pass divides the rows by the R so far and factors the Gram matrix Q'Q of what results,
-    until Q is close to orthonormal; the first factor, of the matrix itself, is shifted so that it
-    exists for scaled condition numbers up to 1e12 (T. Fukaya et al. 2020, "Shifted Cholesky QR for
-    computing the QR factorization of ill-conditioned matrices").
-    The check of Q'Q against the identity is what makes the result as good as Householder's.
-    """
+def _numpy_triangle(
+    J: np.ndarray, r: np.ndarray, d: np.ndarray, weights: np.ndarray | None
+) -> np.ndarray:
+    """`triangle` by LAPACK's QR of a rectangle below a triangle; (n + 1, n + 1)."""
     m, n = J.shape
-    single = J.dtype == np.float32
-    trsm = blas.strsm if single else blas.dtrsm
-    A = np.empty((n + 1, n + 1), dtype=J.dtype)
-    A[:n, :n] = spd_matrix(np, gram, d)
-    weighted = r if weights is None else weights * r
-    A[:n, n] = A[n, :n] = d * J.T.dot(weighted)
-    A[n, n] = r.dot(r)
-    scale = np.sqrt(A.diagonal())
-    if not (np.isfinite(scale).all() and scale.all()):
-        return None
-    A /= np.outer(scale, scale)
-    A.ravel()[:: n + 2] += SHIFT * (n + 1) * float(np.finfo(J.dtype).eps)
-    block = max(1024, 2**19 // (n + 1))
-    try:
-        R = np.linalg.cholesky(A).T * scale
-        for _ in range(PASSES):
-            G = np.zeros_like(A)
-            for start in range(0, m, block):
-                w = None if weights is None else weights[start : start + block]
-                B = _augmented(np, J[start : start + block], r[start : start + block], d, w)
-                Q = trsm(1.0, R, B, side=1, overwrite_b=1)
-                G += Q.T.dot(Q)
-            R = np.triu(np.linalg.cholesky(G).T.dot(R))
-            if np.abs(G - np.eye(n + 1)).max() < ORTHONORMAL:
-                return R
-    except LinAlgError:
-        pass
-    return None
-
-
-def _augmented(xp: Namespace, J: Array, r: Array, d: Array, weights: Array | None = None) -> Array:
-    """``[W J diag(d), r]`` (m, n + 1)."""
-    if xp is np:
-        block = np.empty((J.shape[0], J.shape[1] + 1), dtype=J.dtype, order="F")
-        np.multiply(J, d, out=block[:, :-1])
+    R = np.zeros((n + 1, n + 1), dtype=J.dtype, order="F")
+    block = np.empty((min(m, ROWS), n + 1), dtype=J.dtype, order="F")
+    for start in range(0, m, ROWS):
+        stop = min(start + ROWS, m)
+        if stop - start < block.shape[0]:
+            block = np.empty((stop - start, n + 1), dtype=J.dtype, order="F")
+        np.copyto(block[:, :n], J[start:stop])
+        block[:, n] = r[start:stop]
         if weights is not None:
-            block[:, :-1] *= weights[:, None]
-        block[:, -1] = r
-        return block
+            block[:, :n] *= weights[start:stop, None]
+        R = _stacked(R, block, 0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        R[:, :n] *= d  # reflections do not depend on the scale of a column
+        if not np.isfinite(R.sum()):
+            raise LinAlgError("the matrix is not finite")
+    return R
+
+
+def with_diagonal(R: np.ndarray, diagonal: np.ndarray) -> np.ndarray:
+    """Triangle of R (n + 1, n + 1) with the rows ``[diag(diagonal), 0]`` (n, n + 1) below it."""
+    n = diagonal.shape[0]
+    below = np.zeros((n, n + 1), dtype=R.dtype, order="F")
+    np.fill_diagonal(below, diagonal)
+    return _stacked(R.copy(order="F"), below, n)
+
+
+def _stacked(R: np.ndarray, below: np.ndarray, trapezoidal: int) -> np.ndarray:
+    """Triangle of R (n, n) and the rows below it, the last of them trapezoidal; overwrites both."""
+    n = R.shape[0]
+    panel = min(n, next(columns for least, columns in PANELS if n >= least))
+    tpqrt = lapack.stpqrt if R.dtype == np.float32 else lapack.dtpqrt
+    factor: np.ndarray = tpqrt(trapezoidal, panel, R, below, overwrite_a=1, overwrite_b=1)[0]
+    return factor
+
+
+def augmented(xp: Namespace, J: Array, r: Array, d: Array, weights: Array | None = None) -> Array:
+    """``[W J diag(d), r]`` (m, n + 1)."""
     scaled = J * d[None, :]
     if weights is not None:
         scaled = scaled * weights[:, None]
     return xp.concat([scaled, r[:, None]], axis=1)
 
 
-def qr_r(xp: Namespace, A: Array) -> Array:
-    """Upper triangular factor R (min(m, n), n) of ``A`` (m, n)."""
-    if xp is np:
-        if not np.isfinite(A[-1].sum()):
-            raise LinAlgError("the matrix is not finite")
-        geqrf = lapack.sgeqrf if A.dtype == np.float32 else lapack.dgeqrf
-        factor = geqrf(A, overwrite_a=1)[0]
-        return np.triu(factor[: min(A.shape)])
-    return xp.linalg.qr(A, mode="reduced")[1]
+def negligible(m: int, n: int, epsilon: float) -> float:
+    """Share of the largest singular value of (m, n) below which another is zero."""
+    return epsilon * min(max(m, n), max(n, math.sqrt(m), NEGLIGIBLE))
 
 
-def smallest_singular_value(R: np.ndarray) -> float:
-    """Estimate of that of an upper triangle R (n, n), not below it, by inverse iteration.
+def has_full_rank(R: np.ndarray, negligible: float) -> bool:
+    """Whether an upper triangle R (n, n) clearly has no negligible singular value.
 
-    Zero if R is singular or has a NaN.
+    By power iterations, whose estimates are off by a factor of two at most, to the safe side.
     """
-    v, size = np.ones(R.shape[0], dtype=R.dtype), 0.0
-    for _ in range(INVERSE_ITERATIONS):
-        v = back_substituted(R, back_substituted(R, v, transposed=True))
-        size = float(np.linalg.norm(v))
-        if not 0.0 < size < np.inf:
-            return 0.0
-        v /= size
-    return float(size**-0.5)
+    R = np.asfortranarray(R)  # once, not in every round
+    v = w = np.ones(R.shape[0], dtype=R.dtype)
+    trmv = blas.strmv if R.dtype == np.float32 else blas.dtrmv
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        for _ in range(POWER_ITERATIONS):
+            v = back_substituted(R, back_substituted(R, v, transposed=True))
+            w = trmv(R, trmv(R, w), trans=1)
+            inverse, largest = float(np.linalg.norm(v)), float(np.linalg.norm(w))
+            v, w = v / inverse, w / largest
+        return inverse * 4.0 * largest < negligible**-2
 
 
 def back_substituted(R: np.ndarray, c: np.ndarray, transposed: bool = False) -> np.ndarray:

@@ -166,6 +166,8 @@ class LevenbergMarquardt:
         """
         if state.central:
             getattr(problem, "refine_derivatives", bool)()
+        if state.escalated:
+            getattr(problem, "escalate", bool)()
         r = problem.residual(state.x)
         (cost,) = to_floats(problem.cost(r))
         known = state.linearized and cost == state.cost  # to the last bit: no other data

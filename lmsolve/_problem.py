@@ -17,7 +17,7 @@ import numpy as np
 from . import _numdiff
 from ._loss import Loss
 from ._numdiff import Differences
-from ._subproblem import NormalEquations, Rows, Subproblem, dense_subproblem
+from ._subproblem import ILL, NormalEquations, Rows, Subproblem, dense_subproblem
 from ._subproblem import gram as gram_of
 from ._xp import (
     Array,
@@ -200,12 +200,19 @@ class LocalSums:
                 return loss.cost(xp, r)
         return 0.5 * sum_squares(xp, r)
 
-    def subproblem(self, xp: Namespace, J: Array, r: Array, loss: Loss | None) -> Subproblem:
-        """Subproblem of a dense J (m, n) and r (m,)."""
+    def subproblem(
+        self,
+        xp: Namespace,
+        J: Array,
+        r: Array,
+        loss: Loss | None,
+        memory: dict[str, Any] | None = None,
+    ) -> Subproblem:
+        """Subproblem of a dense J (m, n) and r (m,); memory: what those before it have left."""
         w = None
         if loss is not None:
             w, r = loss.weights(xp, r)
-        return dense_subproblem(xp, J, r, w)
+        return dense_subproblem(xp, J, r, w, memory)
 
     def curvature_rows(
         self, J: Array, r: Array, loss: Loss | None
@@ -323,13 +330,17 @@ class Problem:
         """Let the next linearisation, at the same x, take this Jacobian instead of a new one."""
         self._pending = J
 
+    def escalate(self) -> None:
+        """Let the next linearisation begin with QR."""
+        self._memory[ILL] = True
+
     def linearize(self, x: Array, r: Array) -> Subproblem:
         """Subproblem at x (n,) with residuals r (m,)."""
         J = self.jacobian(x, r)
         if hasattr(J, "__next__"):
             return self._from_blocks(J, x)
         if is_dense(J) and (self.linear_solver is None or self.linear_solver[0] != "lsmr"):
-            return self.sums.subproblem(self.xp, J, r, self.loss)
+            return self.sums.subproblem(self.xp, J, r, self.loss, self._memory)
         w = None
         r = on_host(self.xp, r)
         if self.loss is not None:

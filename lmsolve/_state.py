@@ -46,7 +46,7 @@ class LMState(NamedTuple):
     polished, doubts : int
         Polishing steps taken since, and times that polishing found the run not converged.
     escalated : bool
-        Whether the last step came from a QR factorisation.
+        Whether the normal equations were too ill-conditioned for the last step.
     central : bool
         Whether differences have gone over to the central formula.
     curvature : float

@@ -9,12 +9,13 @@ Three dense forms give the same p:
 
     NormalEquations   (d J'J d + mu I) q = -d J'r        tall J; only J'J and J'r are needed
     DualEquations     ((J d)(J d)' + mu I) z = r,  q = -(J d)' z                 wide J, m < n
-    Factored          q = -V (s / (s^2 + mu)) U'r  from the SVD of the R factor of J d
+    Factored          [R; sqrt(mu) I] q = -[Q'r; 0], J d = Q R, again by QR; at lower rank
+                      q = -V (s / (s^2 + mu)) U'r from the SVD of R
 
 The first squares the condition number of J d. Scaling keeps that harmless for most problems; the
 smallest pivot of the Cholesky factor tells when it is not, and then the rows of J are factored
-once by QR and every further mu is served by the third form. At mu = 0 that form gives the
-minimum-norm step of a rank-deficient problem.
+once by QR and every further mu is served by the third form. So is the next x, without J'J, as long
+as R's own pivots ask for it. At mu = 0 that form gives the minimum-norm step of lower rank.
 
 A zero in d holds a parameter: its column vanishes and so does its step. A parameter that moves by
 a given amount enters as ``start``: (1) is then solved with r + J start in place of r.
@@ -40,6 +41,8 @@ ESCALATE = 1e-8
 #: From so many parameters on the scaled matrix is made anew for each damping and factored in place:
 #: that takes n^2 of the n^3 / 3 multiplications of the factor, and two matrices of memory.
 LARGE = 1500
+#: Where the memory of a problem holds that its last step was ill-conditioned.
+ILL = "ill-conditioned"
 
 
 class Subproblem(Protocol):
@@ -117,6 +120,7 @@ class NormalEquations:
         grad: Array,
         rows: Rows | None = None,
         norms: Array | None = None,
+        memory: dict[str, Any] | None = None,
     ) -> None:
         self.grad = grad
         self.norms = xp.sqrt(diagonal(xp, gram)) if norms is None else norms
@@ -126,6 +130,7 @@ class NormalEquations:
         self._gram = gram
         self._by: Array | None = None  # the scales (n,) that ``_gram`` is multiplied with
         self._rows = rows
+        self._memory = memory
         self._d: Array | None = None
         self._scaled: Array | None = None
         self._factor: Any = None  # a Cholesky, or what a subclass makes of one
@@ -154,14 +159,14 @@ class NormalEquations:
     def solve(self, mu: float, d: Array, start: Array | None = None) -> Array:
         """Step p (n,); see Subproblem."""
         if self._refined is not None:
-            return self._refined.solve(mu, d, start)
+            return self._refined_step(mu, d, start)
         self._factor = None  # before its memory is needed again
         try:
             self._factor = self._factored(mu, d)
         except LinAlgError:
-            return self._refine().solve(mu, d, start)
+            return self._refined_step(mu, d, start)
         if self._factor.pivot < ESCALATE and self._rows is not None:
-            return self._refine().solve(mu, d, start)
+            return self._refined_step(mu, d, start)
         self.pivot = self._factor.pivot
         grad = self.grad if start is None else self.grad + self._times_gram(start)
         return -d * self._factor.solve(d * grad)
@@ -205,7 +210,7 @@ class NormalEquations:
 
     def reduction(self, p: Array) -> Array:
         """0-d model decrease; see Subproblem."""
-        if self._rows is not None and self.escalated:
+        if self._rows is not None and self._refined is not None:
             Jp = self._rows.matvec(p)
             return -(self._rows.r @ Jp + 0.5 * (Jp @ Jp))
         return -(self.grad @ p + 0.5 * (p @ self._times_gram(p)))
@@ -218,13 +223,15 @@ class NormalEquations:
         """Factor of the damped matrix."""
         return Cholesky(self._xp, A, overwrite=overwrite)
 
-    def _refine(self) -> Factored:
-        """The QR form, if the rows are there to form it."""
-        if self._rows is None:
-            raise LinAlgError("the normal equations are not positive definite")
-        self.escalated = True
-        self._refined = Factored(self._xp, self._rows, self.grad, self.norms, self.gram)
-        return self._refined
+    def _refined_step(self, mu: float, d: Array, start: Array | None) -> Array:
+        """Step p (n,) of the QR form, if the rows are there to form it."""
+        if self._refined is None:
+            if self._rows is None:
+                raise LinAlgError("the normal equations are not positive definite")
+            self._refined = Factored(self._xp, self._rows, self.grad, self.norms, self._memory)
+        p = self._refined.solve(mu, d, start)
+        self.escalated = self._refined.escalated
+        return p
 
 
 class DualEquations:
@@ -289,24 +296,29 @@ class DualEquations:
 class Factored:
     """Subproblem by QR of the rows: full accuracy, any shape, any rank.
 
-    Undamped steps of full rank come from R itself, all others from its singular values, which take
-    longer than R at n = 1000.
+    Steps of full rank come from a triangle, in NumPy, all others from singular values, which take
+    longer than the triangle at n = 1000. ``escalated`` is whether the last one asked for all this.
     """
 
-    escalated = True
-
     def __init__(
-        self, xp: Namespace, rows: Rows, grad: Array, norms: Array, gram: Array | None = None
+        self,
+        xp: Namespace,
+        rows: Rows,
+        grad: Array,
+        norms: Array,
+        memory: dict[str, Any] | None = None,
     ) -> None:
         self._xp = xp
         self._rows = rows
-        self._gram = gram
+        self._memory = {} if memory is None else memory
+        self.escalated = True
         self.grad = grad
         self.norms = norms
         self._d: Array | None = None
         self._start: Array | None = None
-        self._triangle: tuple[Array, Array] | None = None
-        self._full_rank = False
+        self._triangle: Array = None  # (k, n + 1), of [J d, r]
+        self._regular: np.ndarray | None = None  # the same, where it has full rank
+        self._damped: np.ndarray | None = None  # that of the last solve
         self._svd: tuple[Array, Array, Array] | None = None
         self._mu = 0.0
 
@@ -314,16 +326,24 @@ class Factored:
         """Step p (n,), of minimum norm at mu = 0; see Subproblem."""
         if self._d is not d or self._start is not start:
             self._factorize(d, start)
-        self._mu = mu
-        if mu == 0.0 and self._full_rank:
-            assert self._triangle is not None
-            R, c = self._triangle
-            n = d.shape[0]
-            return -d * _linalg.back_substituted(R[:n], c[:n])
-        return -d * (self._singular()[2] @ self._filtered(mu))
+        self._mu, pivot = mu, mu
+        n, R = d.shape[0], self._regular
+        if R is not None:
+            if mu:
+                R = _linalg.with_diagonal(R, np.full(n, np.sqrt(mu)))
+            self._damped = R
+            pivot = float(np.abs(R.diagonal()[:n]).min()) ** 2
+        self.escalated = self._memory[ILL] = pivot < ESCALATE
+        if R is None:
+            return -d * (self._singular()[2] @ self._filtered(mu))
+        return -d * _linalg.back_substituted(R[:n, :n], R[:n, n])
 
     def secular(self, p: Array, d: Array) -> Array:
         """0-d ``q' (A + mu I)^-1 q`` over the numerical range."""
+        if self._damped is not None:
+            n, q = d.shape[0], _unscale(self._xp, p, d)
+            w = _linalg.back_substituted(self._damped[:n, :n], q, transposed=True)
+            return w @ w
         s = self._singular()[1]
         f = self._filtered(self._mu)
         return xp_sum_where(self._xp, s > self._cutoff(s), f * f, s * s + self._mu)
@@ -335,10 +355,10 @@ class Factored:
 
     def rank(self) -> int | None:
         """Numerical rank of J d."""
-        if self._triangle is None:
+        if self._d is None:
             return None
-        if self._full_rank:
-            return int(self._triangle[0].shape[1])
+        if self._regular is not None:
+            return int(np.count_nonzero(self._d))
         s = self._singular()[1]
         return int(self._xp.sum(self._xp.astype(s > self._cutoff(s), s.dtype)))
 
@@ -346,34 +366,31 @@ class Factored:
         rows, xp = self._rows, self._xp
         m, n = rows.J.shape
         r = rows.shifted(start)
-        if m >= n:
-            R, c = _linalg.triangle(xp, rows.J, r, d, rows.weights, self._gram)
-        else:
-            R, c = rows.weighted() * d[None, :], r
-        self._triangle, self._svd = (R, c), None
-        self._full_rank = xp is np and m >= n and self._has_full_rank(R[:n])
+        make = _linalg.triangle if m >= n else _linalg.augmented
+        self._triangle = make(xp, rows.J, r, d, rows.weights)
+        self._regular = self._damped = self._svd = None
+        if xp is np and m >= n:
+            # A unit below a held column keeps its parameter at zero.
+            R = self._triangle if d.all() else _linalg.with_diagonal(self._triangle, d == 0)
+            if _linalg.has_full_rank(R[:n, :n], self._negligible(R.dtype)):
+                self._regular = R
         self._d, self._start = d, start
-
-    def _has_full_rank(self, R: np.ndarray) -> bool:
-        """Whether a triangle (n, n) has no singular value below `_cutoff`, without having them."""
-        with np.errstate(over="ignore", invalid="ignore"):
-            # The Frobenius norm is at least the largest singular value.
-            cutoff = eps(np, R.dtype) * self._rows.J.shape[0] * float(np.linalg.norm(R))
-            return _linalg.smallest_singular_value(R) > cutoff
 
     def _singular(self) -> tuple[Array, Array, Array]:
         """U'c, the singular values s, and V, of R = U s V'."""
         if self._svd is None:
-            assert self._triangle is not None
-            R, c = self._triangle
+            R, c = self._triangle[:, :-1], self._triangle[:, -1]
             U, s, Vt = _linalg.svd(self._xp, R)
             self._svd = (U.T @ c, s, Vt.T)
         return self._svd
 
     def _cutoff(self, s: Array) -> Array:
         """Singular values below this are zero to working accuracy."""
-        n = max(self._rows.J.shape)
-        return eps(self._xp, s.dtype) * float(n) * self._xp.max(s)
+        return self._negligible(s.dtype) * self._xp.max(s)
+
+    def _negligible(self, dtype: Any) -> float:
+        m, n = self._rows.J.shape
+        return _linalg.negligible(m, n, eps(self._xp, dtype))
 
     def _filtered(self, mu: float) -> Array:
         """``s / (s^2 + mu) * c`` (k,), zero on the numerical null space."""
@@ -411,11 +428,29 @@ def _unscale(xp: Namespace, p: Array, d: Array) -> Array:
 
 
 def dense_subproblem(
-    xp: Namespace, J: Array, r: Array, weights: Array | None = None
-) -> NormalEquations | DualEquations:
-    """Subproblem of a dense J (m, n): normal equations if tall, their dual if wide."""
+    xp: Namespace,
+    J: Array,
+    r: Array,
+    weights: Array | None = None,
+    memory: dict[str, Any] | None = None,
+) -> NormalEquations | DualEquations | Factored:
+    """Subproblem of a dense J (m, n): normal equations if tall, their dual if wide.
+
+    QR of tall rows at once, which saves J'J, where the last step by this memory needed that.
+    """
     rows = Rows(xp, J, r, weights)
     if J.shape[0] < J.shape[1]:
         return DualEquations(xp, rows)
+    if xp is np and memory is not None and memory.get(ILL):
+        with np.errstate(over="ignore", invalid="ignore"):
+            return Factored(xp, rows, *_gradient(rows), memory)
     G, g = gram(xp, rows)
-    return NormalEquations(xp, G, g, rows)
+    return NormalEquations(xp, G, g, rows, memory=memory)
+
+
+def _gradient(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """J'r and the column norms (n,) of weighted rows of NumPy."""
+    J, r, w = rows.J, rows.r, rows.weights
+    if w is None:
+        return J.T.dot(r), np.sqrt(np.einsum("ij,ij->j", J, J))
+    return J.T.dot(w * r), np.sqrt(np.einsum("ij,ij,i->j", J, J, w * w))

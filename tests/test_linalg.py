@@ -10,6 +10,7 @@ RNG = np.random.default_rng(1)
 A = RNG.standard_normal((9, 5))
 SPD = A.T @ A
 B = RNG.standard_normal(5)
+EPS = 2.0**-52
 
 
 def test_cholesky_solves(xp):
@@ -50,12 +51,12 @@ def test_spd_matrix_scales_both_sides(xp):
 def test_triangle_keeps_every_model_cost(xp, m):
     rng = np.random.default_rng(m)
     J, r, d = rng.standard_normal((m, 5)), rng.standard_normal(m), rng.uniform(0.5, 2, 5)
-    R, c = _linalg.triangle(xp.namespace, xp.array(J), xp.array(r), xp.array(d))
-    R, c = xp.host(R).astype(float), xp.host(c).astype(float)
+    found = _linalg.triangle(xp.namespace, xp.array(J), xp.array(r), xp.array(d))
+    R, c = np.hsplit(xp.host(found).astype(float), [5])
     np.testing.assert_array_equal(np.tril(R[:5], -1), 0)
     tolerance = 50 * xp.eps * m
     np.testing.assert_allclose(R.T @ R, (J * d).T @ (J * d), atol=tolerance)
-    np.testing.assert_allclose(R.T @ c, d * (J.T @ r), atol=tolerance)
+    np.testing.assert_allclose(R.T @ c[:, 0], d * (J.T @ r), atol=tolerance)
 
 
 def test_triangle_of_a_matrix_with_nan_raises():
@@ -70,20 +71,20 @@ def test_svd_is_thin(xp):
     np.testing.assert_allclose((U * s) @ Vt, A, atol=50 * xp.eps)
 
 
-@pytest.mark.parametrize("condition", [1e2, 1e7, 1e11])
+@pytest.mark.parametrize("condition", [1e2, 1e7, 1e12])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_cholesky_qr_is_as_good_as_householder(condition, weighted):
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_the_triangle_of_many_blocks_is_accurate(condition, weighted, order):
     rng = np.random.default_rng(5)
     m, n = 3000, 12
     Q = np.linalg.qr(rng.standard_normal((m, n)))[0]
     V = np.linalg.qr(rng.standard_normal((n, n)))[0]
-    J = (Q * np.logspace(0, -np.log10(condition), n)) @ V.T
+    J = np.array((Q * np.logspace(0, -np.log10(condition), n)) @ V.T, order=order)
     w = rng.uniform(0.5, 2.0, m) if weighted else None
     B = J if w is None else J * w[:, None]
     d = 1 / np.linalg.norm(B, axis=0)
     r = rng.standard_normal(m)
-    R = _linalg.cholesky_qr(J, r, d, w, B.T @ B)
-    assert R is not None
+    R = _linalg.triangle(np, J, r, d, w)
     A = np.column_stack([B * d, r])
     Q = np.linalg.solve(R.T, A.T).T
     assert np.abs(Q.T @ Q - np.eye(n + 1)).max() < 1e-16 * condition * n + 1e-13
@@ -91,24 +92,38 @@ def test_cholesky_qr_is_as_good_as_householder(condition, weighted):
     assert np.abs((R.T @ R - A.T @ A) / np.outer(size, size)).max() < 1e-13
 
 
-def test_cholesky_qr_leaves_a_singular_matrix_to_householder():
-    J = np.ones((400, 3))
-    assert _linalg.cholesky_qr(J, np.arange(400.0), np.ones(3), None, J.T @ J) is None
+def test_a_diagonal_below_a_triangle():
+    rng = np.random.default_rng(2)
+    R, diagonal = np.triu(rng.standard_normal((41, 41))), rng.uniform(0, 2, 40)
+    found = _linalg.with_diagonal(R, diagonal)
+    below = np.column_stack([np.diag(diagonal), np.zeros(40)])
+    expected = np.linalg.qr(np.concatenate([R, below]), mode="r")
+    np.testing.assert_allclose(np.abs(found), np.abs(expected), atol=1e-13)
 
 
-@pytest.mark.parametrize("smallest", [1.0, 1e-6, 1e-13])
-def test_the_smallest_singular_value_of_a_triangle(smallest):
+@pytest.mark.parametrize("smallest", [1.0, 1e-6, 1e-11])
+def test_the_rank_of_a_triangle(smallest):
     rng = np.random.default_rng(5)
     U, V = (np.linalg.qr(rng.standard_normal((40, 40)))[0] for _ in range(2))
     R = np.linalg.qr(U @ np.diag(np.geomspace(10.0, smallest, 40)) @ V, mode="r")
-    assert smallest * 0.99 <= _linalg.smallest_singular_value(R) <= 2.0 * smallest
+    assert _linalg.has_full_rank(R, 0.2 * smallest / 10.0)
+    assert not _linalg.has_full_rank(R, 1.1 * smallest / 10.0)
 
 
 @pytest.mark.parametrize("bad", [0.0, np.nan])
-def test_a_triangle_that_is_singular_has_the_singular_value_zero(bad):
+def test_a_triangle_that_is_singular_has_no_full_rank(bad):
     R = np.triu(np.ones((3, 3)))
     R[1, 1] = bad
-    assert _linalg.smallest_singular_value(R) == 0.0
+    assert not _linalg.has_full_rank(R, 1e-15)
+
+
+@pytest.mark.parametrize(("m", "n"), [(3, 8), (50, 3), (5000, 3), (5000, 80)])
+def test_singular_values_of_dependent_columns_are_negligible(m, n):
+    A = np.random.default_rng(4).standard_normal((m, n))
+    A[:, -1] = A[:, 0] + A[:, 1]
+    s = np.linalg.svd(_linalg.triangle(np, A, A[:, 0], np.ones(n))[:, :n], compute_uv=False)
+    assert s[-1] <= _linalg.negligible(m, n, EPS) * s[0]
+    assert s[min(m, n) - 2] > 100 * _linalg.negligible(m, n, EPS) * s[0]
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -173,12 +173,40 @@ def test_matrices_that_are_not_kept_take_the_same_steps(monkeypatch, large):
     np.testing.assert_allclose(frugal.gram, J.T @ J, rtol=1e-14)
 
 
-def test_undamped_steps_of_full_rank_need_no_singular_values():
+@pytest.mark.parametrize("mu", [0.0, 1e-3])
+@pytest.mark.parametrize("held", [False, True])
+def test_steps_of_full_rank_need_no_singular_values(mu, held):
     J, r, Rw = rows(Library.named("numpy"), 30, 8)
     sub = Factored(np, Rw, J.T @ r, np.linalg.norm(J, axis=0))
     d = np.random.default_rng(3).uniform(0.3, 3, 8)
-    step = sub.solve(0.0, d)
-    assert sub._svd is None and sub.rank() == 8
-    np.testing.assert_allclose(step, np.linalg.lstsq(J, -r, rcond=None)[0], rtol=1e-12)
-    sub._full_rank = False
-    np.testing.assert_allclose(sub.solve(0.0, d), step, rtol=1e-12)  # by the decomposition
+    if held:
+        d[2] = 0.0
+    step, g = sub.solve(mu, d), np.arange(8.0) * d
+    secular = sub.secular(g, d)
+    assert sub._svd is None and sub.rank() == 8 - held
+    free = d > 0
+    np.testing.assert_allclose(step[free], expected_step(J[:, free], r, d[free], mu), rtol=1e-12)
+    assert held == (step[2] == 0)
+    sub._regular = sub._damped = None
+    np.testing.assert_allclose(sub.solve(mu, d), step, rtol=1e-12)  # by the decomposition
+    assert sub.rank() == 8 - held
+    if not held:
+        A = (J * d).T @ (J * d) + mu * np.eye(8)
+        assert secular == pytest.approx(g / d @ np.linalg.solve(A, g / d), rel=1e-12)
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+def test_a_problem_stays_with_qr_as_long_as_its_steps_need_that(weighted):
+    J, r = near_dependent(1e-7)
+    w = np.linspace(0.5, 2.0, 10) if weighted else None
+    memory = {}
+    first = dense_subproblem(np, J, r, w, memory)
+    d = 1 / first.norms
+    step = first.solve(0.0, d)
+    second = dense_subproblem(np, J, r, w, memory)
+    assert isinstance(first, NormalEquations) and isinstance(second, Factored)
+    np.testing.assert_allclose(second.solve(0.0, d), step, rtol=1e-12)
+    np.testing.assert_allclose(second.grad, first.grad, rtol=1e-12)
+    np.testing.assert_allclose(second.norms, first.norms, rtol=1e-12)
+    second.solve(1e-3, d)  # which normal equations would serve as well
+    assert isinstance(dense_subproblem(np, J, r, w, memory), NormalEquations)

@@ -67,11 +67,18 @@ class ShardedSums(LocalSums):
         sums = self.reductions(0, loss)
         return sums.cost(sums.layout(r.shape[0], parts(r, loss)), NOWHERE)
 
-    def subproblem(self, xp: Namespace, J: Array, r: Array, loss: Loss | None) -> Subproblem:
+    def subproblem(
+        self,
+        xp: Namespace,
+        J: Array,
+        r: Array,
+        loss: Loss | None,
+        memory: dict[str, Any] | None = None,
+    ) -> Subproblem:
         """Subproblem of J (m, n) and r (m,): one launch, and one read of the sums."""
         m, n = J.shape
         if not (self.takes(J.T, r, WIDE) if m < n else self.takes(J, r)):
-            return LOCAL.subproblem(xp, to_numpy(J), to_numpy(r), loss)
+            return LOCAL.subproblem(xp, to_numpy(J), to_numpy(r), loss, memory)
         if m < n:
             return WideEquations(J, *weighted(r, loss), _blocks(), is_cupynumeric(r))
         sums = self.reductions(n, loss)
