@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -31,10 +31,13 @@ from ._setup import (
     free_gpu_bytes,
 )
 from ._shards import stream_of, view_of
-from ._vectors import Stored, Weights, fingerprint
+from ._vectors import Stored, Weights, combined, fingerprint
 
 if TYPE_CHECKING:
     from lmsolve.legate._tasks import Shard
+
+#: What a task does of no network, and at most three numbers that it returns.
+Work: TypeAlias = "Callable[[Shard], Sequence[float | Tensor]]"
 
 WAYS = ("factors", "vmap", "graph")
 #: What passes between the host and Legate's tasks; see `Cluster`.
@@ -74,7 +77,7 @@ class Cluster:
         self.shared = not gpus  # memory, by the tasks of a rank and what starts them
         self.traffic: Counter[str] = Counter()
         self._chain = _tasks.Chain(self.target)
-        self._sent: list[tuple[Tensor, Weights]] = []
+        self._sent: list[tuple[Tensor | Stored, Weights]] = []
         self._held: dict[str, tuple[Any, Any]] = {}
 
     def agreed(self, *values: float) -> list[float]:
@@ -104,7 +107,7 @@ class Cluster:
 
     def check_gpu_memory(self, network: Network, batch: Batch, plan: Plan) -> None:
         """MemoryError, on all ranks, where Legate's pool leaves torch too little of a GPU."""
-        free = int(self.run(free_gpu_bytes, self.processors).min())
+        free = int(self.run(free_gpu_bytes, self.processors)[:, 0].min())
         n, itemsize = network.parameters.n, network.parameters.dtype.itemsize
         rows = min(block_rows(n, torch.float64), plan.k * plan.samples)
         need = batch.nbytes // self.processors + plan.activation_bytes + 8 * rows * n
@@ -179,25 +182,25 @@ class Cluster:
 
     def run(
         self,
-        work: Callable[[Shard], float],
+        work: Work,
         shards: int,
         inputs: Sequence[Any] = (),
         outputs: Sequence[Any] = (),
     ) -> np.ndarray:
-        """Run a function of no network on every shard; each one's number."""
-
-        def job(shard: Shard) -> Sequence[float]:
-            with stream_of(shard.stream):
-                return work(shard), 0.0, 0.0
-
+        """Run a function of no network on every shard; each one's numbers, array (shards, 3)."""
         threads = torch.get_num_threads()
         try:
-            status = self._chain.launch(job, shards, inputs, outputs)
+            status = self._chain.launch(_job(work), shards, inputs, outputs)
         finally:
             torch.set_num_threads(threads)
         self.traffic["numbers"] += 8 * self._tasks.STATUS * shards
-        values: np.ndarray = status[:, 0]
-        return values
+        return status
+
+    def submit(
+        self, work: Work, shards: int, inputs: Sequence[Any] = (), outputs: Sequence[Any] = ()
+    ) -> None:
+        """Start the same, within `chained`: the next launch that is waited for reads it."""
+        self._chain.add(_job(work), shards, inputs, outputs)
 
     @contextmanager
     def chained(self) -> Iterator[None]:
@@ -205,7 +208,7 @@ class Cluster:
         with self._tasks.no_collection(), one_thread():
             yield
 
-    def sent(self, x: Tensor) -> Weights:
+    def sent(self, x: Tensor | Stored) -> Weights:
         """Parameters x (n,) for tasks; within `chained`.
 
         Tasks on CPUs read them in the memory of their rank, which has them anyway: on two ranks of
@@ -215,27 +218,43 @@ class Cluster:
         """
         known = next((pair for pair in self._sent if pair[0] is x), None)
         if known is None:
-            mark = fingerprint(x) if self.ranks > 1 else 0.0
-            known = x, Weights(x if self.shared else self._written(x), mark)
-            self.traffic["parameters"] += x.nbytes
+            known = x, self._weights(x)
         others = [pair for pair in self._sent if pair[0] is not x]
         self._sent = [*others[-1:], known]
         return known[1]
+
+    def _weights(self, x: Tensor | Stored) -> Weights:
+        if isinstance(x, Stored):
+            return Weights(x, x.fingerprint)
+        self.traffic["parameters"] += x.nbytes
+        return Weights(x if self.shared else self._written(x), self._mark(x))
+
+    def stored(self, x: Tensor) -> Stored:
+        """x (n,) in a store, its numbers with it."""
+        self.traffic["parameters"] += x.nbytes
+        with self.chained():
+            return replace(combined(self, (1.0, self._written(x))), fingerprint=self._mark(x))
+
+    def _mark(self, x: Tensor) -> float:
+        return fingerprint(x) if self.ranks > 1 else 0.0
 
     def _written(self, x: Tensor) -> Stored:
         """x (n,) in a store."""
         if x.is_cuda:  # tasks have streams of their own
             torch.cuda.current_stream(x.device).synchronize()
-        vector = self.vector(x.numel(), -(-x.numel() // self.processors))
+        vector = self.vector(x.numel(), self.tile(x.numel()))
 
         def put(shard: Shard) -> Sequence[float]:
-            with stream_of(shard.stream):
-                out, first = view_of(shard.outputs[0]), shard.index * vector.tile
-                out.copy_(x[first : first + len(out)])
-            return 0.0, 0.0, 0.0
+            out, first = view_of(shard.outputs[0]), shard.index * vector.tile
+            out.copy_(x[first : first + len(out)])
+            return ()
 
-        self._chain.add(put, vector.count, (), (vector.tiles,))
+        self.submit(put, vector.count, (), (vector.tiles,))
         return vector
+
+    def tile(self, size: int) -> int:
+        """Size of the tiles of a vector, or of the bands of a matrix, of that size."""
+        return -(-size // self.processors)
 
     def vector(self, size: int, tile: int) -> Stored:
         """A new vector, for a launch to write."""
@@ -249,11 +268,9 @@ class Cluster:
 
         return not self.in_process and _cholesky.pays(size)
 
-    def bands(self, kind: str, size: int, tile: int, dtype: torch.dtype, vectors: str) -> Bands:
+    def bands(self, kind: str, size: int, tile: int, dtype: torch.dtype) -> Bands:
         """A matrix in bands of `tile` rows, one of each kind kept between launches."""
-        made: Bands = self._kept(
-            kind, (size, tile, dtype), lambda: Bands(self, size, tile, dtype, vectors)
-        )
+        made: Bands = self._kept(kind, (size, tile, dtype), lambda: Bands(self, size, tile, dtype))
         return made
 
     @contextmanager
@@ -276,6 +293,17 @@ class Cluster:
         """A table's sum over the shards on the host, the same on every rank."""
         self.traffic[kind] += table.nbytes_read
         return torch.from_numpy(table.total())
+
+
+def _job(work: Work) -> Callable[[Shard], Sequence[float]]:
+    """A function of no network as a job: in its task's stream, its numbers three."""
+
+    def job(shard: Shard) -> Sequence[float]:
+        with stream_of(shard.stream):
+            numbers = [float(v) for v in work(shard)]
+        return numbers + [0.0] * (3 - len(numbers))
+
+    return job
 
 
 class Overlap:

@@ -37,20 +37,35 @@ STALLED = -3
 
 
 class Linearisation(Protocol):
-    """What the iteration asks of a network at one point; vectors (n,), scalars 0-d or floats."""
+    """What the iteration asks of a network at one point.
 
-    grad: Tensor
+    Vectors (n,) are the linearisation's own affair: the iteration hands them back as it got them,
+    so that they may stay where the linear algebra is. Scalars are floats or 0-d.
+    """
+
     size: float  # mean square of the columns of J
 
-    def solve(self, damping: float) -> Tensor:
+    def steepest(self) -> float:
+        """Largest magnitude of the gradient's components."""
+        ...
+
+    def solve(self, damping: float) -> Any:
         """Step p of absolute damping; LinAlgError where the system is not positive definite."""
         ...
 
-    def reduction(self, p: Tensor) -> Tensor:
-        """Decrease of the model by any step p."""
+    def length(self, v: Any) -> float:
+        """Norm of a vector."""
         ...
 
-    def acceleration(self, p: Tensor) -> Tensor | None:
+    def moved(self, p: Any, a: Any | None) -> Any:
+        """The trial point: a step and its acceleration from here."""
+        ...
+
+    def reduction(self, p: Any) -> Any:
+        """Decrease of the model by the step of the last `solve`."""
+        ...
+
+    def acceleration(self, p: Any) -> Any | None:
         """Geodesic acceleration of the step of the last `solve`, None where there is none."""
         ...
 
@@ -58,7 +73,7 @@ class Linearisation(Protocol):
 class FitProblem(Protocol):
     """What the iteration asks of a network on a batch."""
 
-    def residual(self, x: Tensor) -> Any:
+    def residual(self, x: Any) -> Any:
         """Evaluate at x (n,); a handle."""
         ...
 
@@ -66,7 +81,7 @@ class FitProblem(Protocol):
         """0-d cost of a handle."""
         ...
 
-    def linearize(self, x: Tensor, r: Any, damping: float) -> Any:
+    def linearize(self, x: Any, r: Any, damping: float) -> Any:
         """A `Linearisation` at an accepted x, good for relative dampings like this one."""
         ...
 
@@ -74,7 +89,7 @@ class FitProblem(Protocol):
 class FitState(NamedTuple):
     """State of a fit after a trial; immutable. `point` is recomputed by `resume`, never saved."""
 
-    x: Tensor
+    x: Any  # (n,), a Tensor or where the problem has its vectors
     cost: float
     mu: float = START
     nu: float = 2.0
@@ -97,7 +112,7 @@ class Descent:
     def __init__(self, ftol: float = 0.0, xtol: float = 0.0, gtol: float = 0.0) -> None:
         self.ftol, self.xtol, self.gtol = ftol, xtol, gtol
 
-    def init(self, problem: FitProblem, x0: Tensor, mu: float = START) -> FitState:
+    def init(self, problem: FitProblem, x0: Any, mu: float = START) -> FitState:
         """State at the start; ValueError if the cost is not finite there."""
         r = problem.residual(x0)
         cost = float(problem.cost(r))
@@ -117,7 +132,7 @@ class Descent:
         if sub is None:
             sub = problem.linearize(state.x, r, state.mu)
             state = state._replace(njev=state.njev + 1, point=(None, sub))
-            steepest = float(sub.grad.abs().amax())
+            steepest = sub.steepest()
             if not math.isfinite(steepest):
                 return state._replace(status=STALLED, accepted=False)
             if steepest <= self.gtol * math.sqrt(2 * abs(state.cost) * sub.size):
@@ -129,14 +144,14 @@ class Descent:
             p = sub.solve(state.mu * sub.size)
         except np.linalg.LinAlgError:
             return self._rejected(state, -math.inf, math.inf)
-        length = float(torch.linalg.vector_norm(p))  # host reads: they steer
+        length = sub.length(p)  # a host read, as all floats here: they steer
         a = sub.acceleration(p)
         evaluated = 1
         if a is not None:
             evaluated = 2
-            if not 2.0 * float(torch.linalg.vector_norm(a)) <= BENT * length:
+            if not 2.0 * sub.length(a) <= BENT * length:
                 return self._rejected(state._replace(nfev=state.nfev + 1), -math.inf, length)
-        x_new = state.x + (p if a is None else p + a)
+        x_new = sub.moved(p, a)
         r_new = problem.residual(x_new)
         cost_new, predicted = float(problem.cost(r_new)), float(sub.reduction(p))
         actual = state.cost - cost_new if math.isfinite(cost_new) else -math.inf
@@ -145,7 +160,7 @@ class Descent:
         status = None
         if max(abs(actual), predicted) < self.ftol * state.cost and ratio <= 2.0:
             status = FTOL
-        elif length < self.xtol * float(torch.linalg.vector_norm(state.x)):
+        elif length < self.xtol * sub.length(state.x):
             status = XTOL
         if not ratio > ACCEPT:
             return self._rejected(state, ratio, length)._replace(status=status)

@@ -289,7 +289,8 @@ class _Run:
                 return 0
             if max_seconds is not None and session.agreed(self.elapsed) >= max_seconds:
                 return 0
-            x_old, cost_old = session.x, session.state.cost
+            cost_old = session.state.cost
+            x_old = session.x if self.grow else None
             trial = session.trial()
             status = session.state.status
             self.steps += 1
@@ -300,7 +301,7 @@ class _Run:
                 session.update_statistics()
                 size = session.problem.batch.size
                 gain = (cost_old - trial.cost) / self._samples_in_cost(size)
-                self.last = (x_old, gain) if gain > 0 else None
+                self.last = None if x_old is None or not gain > 0 else (x_old, gain)
             if self.callback is not None and session.agreed(self._stopped_by_callback()):
                 return -2
             if self._one_batch:
@@ -322,7 +323,7 @@ class _Run:
             "length": trial.length,
             "samples": self.session.problem.batch.size,
             "seconds": self.elapsed,
-            "memory": peak_memory(self.session.x.device),
+            "memory": peak_memory(self.session.x0.device),
         }
         for key in HISTORY:
             self.history[key].append(entry[key])
@@ -349,7 +350,8 @@ class _Run:
             self.best = (cost, self.session.x)
 
     def _save_if_due(self) -> None:
-        if self.checkpoint is not None and self.schedule.due(self.steps):
+        # To read weights that lie in Legate's stores takes all ranks, whose clocks differ.
+        if self.checkpoint is not None and self.session.agreed(self.schedule.due(self.steps)):
             self.save()
 
     def save(self) -> None:
@@ -370,7 +372,7 @@ class _Run:
     def restore(self, saved: dict[str, Any]) -> None:
         """Go on where a checkpoint was written."""
         self.session.restore(saved["session"])
-        device = self.session.x.device
+        device = self.session.x0.device
         for key in ("steps", "epoch", "index", "placed", "kept", "elapsed", "history", "rng"):
             setattr(self, key, saved[key])
         if saved["last"] is not None:

@@ -6,14 +6,15 @@ At a trial each shard returns its part of the cost, one number. At an accepted p
     m < n    each shard makes its rows of K = J J', which needs no J but that of one parameter.
 
 Small matrices are solved on the host, which reads n^2 + n numbers, or m^2, for an accepted step;
-large ones stay in bands on the processors (`_bands`). J never leaves its device and is never held.
+large ones stay in bands on the processors (`_bands`), all vectors of a step with them. J never
+leaves its device and is never held.
 All ranks make the same launches with the same numbers: whatever decides (memory, the way of
 differentiating, a clock) is agreed on first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ._bands import BandedTallSubproblem, BandedWideSubproblem, Curved
+from ._bands import BandedTallSubproblem, BandedWideSubproblem
 from ._cluster import Cluster
 from ._jacobian import Plan, Point
 from ._jobs import CostJob, CoupledSumsJob, Job, KernelJob, RowsJob, SumsJob
@@ -29,6 +30,7 @@ from ._network import Batch, Network
 from ._problem import COARSE, Evaluation, NetworkProblem, Settings, accumulator
 from ._shards import Placed, checksum
 from ._subproblems import (
+    AHEAD,
     Linearised,
     Products,
     TallSubproblem,
@@ -37,7 +39,11 @@ from ._subproblems import (
     second_derivative,
     solved,
 )
-from ._vector_jobs import CurvatureJob, ProductJob, SlopeJob, TransposedJob
+from ._vector_jobs import BendJob, CurvatureJob, ProductJob, SlopeJob, TransposedJob
+from ._vectors import Stored, combined
+
+#: J'r_pp (n,) of a step p, from J'J p if that is known.
+Curved = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class LegateProblem(NetworkProblem):
@@ -63,52 +69,63 @@ class LegateProblem(NetworkProblem):
             self.cluster.require_kernel(m, accumulator(self.network, m).itemsize)
         return super().linearize(x, r, damping)
 
-    def _evaluate(self, x: Tensor) -> Evaluation:
+    @property
+    def distributed(self) -> bool:
+        """Whether matrix and vectors stay with Legate."""
+        form = self.form()
+        size = self.network.parameters.n if form == "normal" else self.m
+        usable = form != "products" and not self.plan.coupled
+        return usable and self.cluster.distributes(size)
+
+    @property
+    def _accelerated(self) -> bool:
+        return self.settings.acceleration and self.network.objective.exact
+
+    def _evaluate(self, x: Any) -> Evaluation:
         if self.plan.coupled:
             return super()._evaluate(x)
         costs = self.launch(CostJob, x)
-        decay = 0.5 * self.settings.decay * x.to(torch.float64).square().sum()
-        return Evaluation(decay + float(costs.sum()), None)
+        square = x.square if isinstance(x, Stored) else x.to(torch.float64).square().sum()
+        cost = 0.5 * self.settings.decay * square + float(costs.sum())
+        return Evaluation(torch.as_tensor(cost, dtype=torch.float64), None)
 
-    def _normal(self, x: Tensor, passes: Any, damping: float = 0.0) -> Linearised:
-        network, n = self.network, self.network.parameters.n
-        table = self.cluster.table("sums", self.placed.shards, n * n + n)
+    def _normal(self, x: Any, passes: Any, damping: float = 0.0) -> Any:
+        network, n, cluster = self.network, self.network.parameters.n, self.cluster
+        decay = self.settings.decay
+        table = cluster.table("sums", self.placed.shards, n * n + n)
         coarse = network.parameters.dtype if damping > COARSE else None
         job = CoupledSumsJob if self.plan.coupled else SumsJob
         self.launch(job, x, coarse, table=table)
-        bent = self.settings.acceleration and network.objective.exact
-        curved = self._curved(x) if bent else None
-        if self.cluster.distributes(n) and not self.plan.coupled:
-            bands = self.cluster.bands(
-                "gram", n, -(-n // self.cluster.processors), torch.float64, "vectors"
-            )
+        if self.distributed:
+            bands = cluster.bands("gram", n, cluster.tile(n), torch.float64)
             bands.add_up(table)
-            grad = self.cluster.read(table.columns(n * n, n * n + n), "vectors").sum(0).to(x.device)
+            g = combined(cluster, (decay, x), rows=table.columns(n * n, n * n + n))
             return BandedTallSubproblem(
-                bands, grad, x, self._products(x), self.settings.decay, curved
+                g, bands, x, StoredProducts(self, x), decay, self._accelerated
             )
-        sums = self.cluster.total(table, "matrix").to(x.device)
+        sums = cluster.total(table, "matrix").to(x.device)
         gram, grad = sums[: n * n].view(n, n), sums[n * n :]
         if self.plan.coupled:
             r = self._rows(self._point(x)).to(x.dtype)
-            products, slope = self._products(x), self._slope(x, r)
-            return TallSubproblem(gram, grad, x, r, products, self.settings.decay, slope)
-        return ShardedTallSubproblem(gram, grad, x, self._products(x), self.settings.decay, curved)
+            return TallSubproblem(gram, grad, x, r, self._products(x), decay, self._slope(x, r))
+        curved = self._curved(x) if self._accelerated else None
+        return ShardedTallSubproblem(gram, grad, x, self._products(x), decay, curved)
 
-    def _dual(self, x: Tensor, passes: Any) -> WideSubproblem:
+    def _dual(self, x: Any, passes: Any) -> Any:
         if self.plan.coupled:
             return super()._dual(x, None)
         m, tile, dtype = self.m, self.placed.tile * self.plan.k, accumulator(self.network, self.m)
-        r = self.written(RowsJob, x).to(x.dtype)
-        rest = x, r, self._products(x), self.settings.decay, self._slope(x, r)
-        if self.cluster.distributes(m):
-            bands = self.cluster.bands("kernel", m, tile, dtype, "residuals")
+        if self.distributed:
+            bands = self.cluster.bands("kernel", m, tile, dtype)
             self.launch(KernelJob, x, self._groups(), outputs=bands.outputs)
-            return BandedWideSubproblem(bands, *rest)
+            there, decay = StoredProducts(self, x), self.settings.decay
+            return BandedWideSubproblem(there.rows(), bands, x, there, decay, self._accelerated)
+        r = self.written(RowsJob, x).to(x.dtype)
         store = self.cluster.store("kernel", (m, m), dtype)
         self.launch(KernelJob, x, self._groups(), outputs=(store.partition_by_tiling((tile, m)),))
         kernel = self.cluster.read(store, "matrix").to(x.device)
-        return WideSubproblem(kernel, *rest)
+        rest = self._products(x), self.settings.decay, self._slope(x, r)
+        return WideSubproblem(kernel, x, r, *rest)
 
     def _products(self, x: Tensor) -> Products:
         return super()._products(x) if self.plan.coupled else ShardedProducts(self, x)
@@ -120,7 +137,7 @@ class LegateProblem(NetworkProblem):
         return self.written(RowsJob, x)
 
     def _curved(self, x: Tensor) -> Curved:
-        """J'r_pp (n,) of a step, from J'J p if that is known."""
+        """How J'r_pp (n,) of a step is found."""
 
         def curved(p: Tensor, known: Tensor | None) -> Tensor:
             if known is None:
@@ -132,9 +149,14 @@ class LegateProblem(NetworkProblem):
 
     def added(self, job: type[Job], x: Tensor, *arguments: Any) -> Tensor:
         """Sum (n,) of a job's vectors over the shards."""
+        table = self.table(job, x, *arguments)
+        return self.cluster.total(table, "vectors").to(x.device)
+
+    def table(self, job: type[Job], x: Tensor | Stored, *arguments: Any) -> Any:
+        """A job's vectors (n,), a row for each shard."""
         table = self.cluster.table("vector", self.placed.shards, self.network.parameters.n)
         self.launch(job, x, *arguments, table=table)
-        return self.cluster.total(table, "vectors").to(x.device)
+        return table
 
     def written(self, job: type[Job], x: Tensor, *arguments: Any) -> Tensor:
         """The shards' rows (m,) of a job."""
@@ -146,7 +168,7 @@ class LegateProblem(NetworkProblem):
     def launch(
         self,
         job: type[Job],
-        x: Tensor,
+        x: Tensor | Stored,
         *arguments: Any,
         table: Any = None,
         outputs: Sequence[Any] = (),
@@ -171,6 +193,62 @@ class ShardedProducts:
     def product(self, p: Tensor) -> Tensor:
         """J p (m,)."""
         return self._problem.written(ProductJob, self._x, p).to(p.dtype)
+
+
+class StoredProducts:
+    """Products with rows that lie in shards, of vectors that lie in stores."""
+
+    def __init__(self, problem: LegateProblem, x: Stored) -> None:
+        self._problem, self._x = problem, x
+
+    def transposed(
+        self,
+        z: Stored,
+        term: tuple[float, Stored],
+        weight: float = 1.0,
+        against: Stored | None = None,
+    ) -> Stored:
+        """J'z (n,) times its weight, and a term more."""
+        return self._added(TransposedJob, z, term, weight, against)
+
+    def product(self, p: Stored) -> tuple[Stored, float]:
+        """J p (m,), and its square."""
+        return self._written(ProductJob, p)
+
+    def bent(self, p: Stored) -> tuple[Stored, float]:
+        """r_pp (m,) of a step, and |J p|^2."""
+        return self._written(BendJob, p)
+
+    def curved(self, p: Stored, known: Stored | None) -> Stored:
+        """J'r_pp (n,) of a step, from J'J p if that is known."""
+        if known is None:
+            return self._added(CurvatureJob, p, (0.0, p))
+        return self._added(SlopeJob, p, (-2 / AHEAD, known), 2 / AHEAD)
+
+    def rows(self) -> Stored:
+        """Residuals (m,)."""
+        return self._written(RowsJob)[0]
+
+    def _added(
+        self,
+        job: type[Job],
+        v: Stored,
+        term: tuple[float, Stored],
+        weight: float = 1.0,
+        against: Stored | None = None,
+    ) -> Stored:
+        problem, n = self._problem, self._x.size
+        table = problem._retry(lambda: problem.table(job, self._x, v))
+        rows = table.columns(0, n)
+        return combined(problem.cluster, term, rows=rows, weight=weight, against=against)
+
+    def _written(self, job: type[Job], *arguments: Stored) -> tuple[Stored, float]:
+        problem = self._problem
+        out = problem.cluster.vector(problem.m, problem.placed.tile * problem.plan.k)
+        numbers = problem._retry(
+            lambda: problem.launch(job, self._x, *arguments, outputs=(out.tiles,))
+        )
+        return out, float(numbers.sum())
 
 
 class ShardedTallSubproblem(TallSubproblem):

@@ -95,13 +95,18 @@ class Session:
         self.notes: list[str] = []
         self._idle_told = False
         self._stochastic: bool | None = None
+        self._read: tuple[Any, Tensor] | None = None  # a point in a store, and its values
 
     @property
     def x(self) -> Tensor:
-        """Current parameters (n,) in float64."""
-        if self.state is None:
-            return self.x0
-        return self.state.x
+        """Current parameters (n,) in float64; from Legate's stores once for each point."""
+        at = self.x0 if self.state is None else self.state.x
+        if isinstance(at, Tensor):
+            return at
+        assert self.cluster is not None
+        if self._read is None or self._read[0] is not at:
+            self._read = at, self.cluster.read(at.store, "parameters").to(self.x0.device)
+        return self._read[1]
 
     def place(self, batch: Batch, number: int) -> None:
         """Look at a batch; ``number`` seeds its masks and its sketch."""
@@ -112,11 +117,20 @@ class Session:
         plan = self._plan(batch, settings)
         self.problem = self._problem(batch, plan, settings)
         self._note_idle(batch)
+        x = self._own_point()
         if self.state is None:
             start = START if self.network.objective.exact else START_LOSS
-            self.state = self.solver.init(self.problem, self.x0, start)
+            self.state = self.solver.init(self.problem, x, start)
         else:
-            self.state = self.solver.resume(self.problem, self.state)
+            self.state = self.solver.resume(self.problem, self.state._replace(x=x))
+
+    def _own_point(self) -> Any:
+        """Current parameters where the problem has its vectors."""
+        if isinstance(self.problem, LegateProblem) and self.problem.distributed:
+            assert self.cluster is not None
+            at = self.x0 if self.state is None else self.state.x
+            return self.cluster.stored(at) if isinstance(at, Tensor) else at
+        return self.x
 
     def _note_idle(self, batch: Batch) -> None:
         """Tell once that a batch has no sample for some processors."""
@@ -251,7 +265,7 @@ class Session:
     def snapshot(self) -> dict[str, Any]:
         """What a checkpoint needs, in plain types and tensors."""
         assert self.state is not None
-        kept = self.state._replace(point=None)._asdict()
+        kept = self.state._replace(point=None, x=self.x)._asdict()
         return {
             "state": kept,
             "plans": [(key, vars(plan).copy()) for key, plan in self.plans.items()],

@@ -83,10 +83,10 @@ def check_torch_memory(free: int, need: int, pool: int | None) -> None:
     )
 
 
-def free_gpu_bytes(shard: Shard) -> float:
+def free_gpu_bytes(shard: Shard) -> tuple[float]:
     """Bytes that torch may still take on the GPU of a task, those that it keeps for itself too."""
     kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return float(torch.cuda.mem_get_info()[0] + kept)
+    return (float(torch.cuda.mem_get_info()[0] + kept),)
 
 
 def check_split(ranks: int, held: int, devices: Sequence[torch.device]) -> None:

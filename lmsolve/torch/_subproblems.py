@@ -48,6 +48,18 @@ class Linearised:
         self.x, self.r, self.products = x, r, products
         self.decay, self.slope = decay, slope
 
+    def steepest(self) -> float:
+        """Largest magnitude of the gradient's components."""
+        return float(self.grad.abs().amax())
+
+    def length(self, v: Tensor) -> float:
+        """Norm of a vector (n,)."""
+        return float(torch.linalg.vector_norm(v))
+
+    def moved(self, p: Tensor, a: Tensor | None) -> Tensor:
+        """The trial point of a step and its acceleration."""
+        return self.x + (p if a is None else p + a)
+
     def reduction(self, p: Tensor) -> Tensor:
         """0-d model decrease by any step p (n,)."""
         Jp = self.products.product(p).to(torch.float64)

@@ -6,7 +6,8 @@ import json
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,45 @@ def crossed() -> dict[str, int]:
 
 
 def in_bands() -> dict[str, Any]:
-    """A step of a network whose normal matrix stays on the processors that made it."""
+    """A network whose normal matrix stays on the processors that made it: its step, and a fit."""
+    return distributed(net(3), (X, Y))
+
+
+def in_wide_bands() -> dict[str, Any]:
+    """The same of a kernel J J'."""
+    return distributed(net(40, 3, 2), cloud())
+
+
+@contextmanager
+def everything_distributed() -> Iterator[None]:
+    """Every matrix is large enough."""
     pays, _cholesky.pays = _cholesky.pays, lambda n: True
     try:
-        looked_at, step = first_step(net(3), (X, Y), "legate")
+        yield
     finally:
         _cholesky.pays = pays
-    return {"step": step.tolist(), "matrix": looked_at.cluster.traffic["matrix"]}
+
+
+def clocks_that_differ() -> bool:
+    """Whether a checkpoint is written that is due by the first rank's clock alone."""
+    path, seconds = FOLDER / f"clock{RANK}", 1e-9 if RANK == 0 else 1e9
+    options = {"checkpoint": path, "checkpoint_steps": None, "checkpoint_seconds": seconds}
+    with everything_distributed():
+        fit(net(3), (X, Y), max_steps=4, linalg="legate", **options)
+    return path.exists()
+
+
+def distributed(model: Any, data: Any) -> dict[str, Any]:
+    """The first step, and two more that are accepted, of matrices that are large enough."""
+    with everything_distributed():
+        looked_at, step = first_step(model, data, "legate")
+        crossed = looked_at.cluster.traffic
+        crossed.clear()
+        while looked_at.state.nit < 2:
+            looked_at.trial()
+        crossed = dict(crossed)
+    bits = looked_at.x.numpy().tobytes().hex()
+    return {"step": step.tolist(), "crossed": crossed, "x": looked_at.x.tolist(), "bits": bits}
 
 
 def last(target: Any) -> bool:
@@ -148,6 +181,12 @@ def parameters_that_differ() -> str:
     return told(net(3, seed=RANK), (X, Y))
 
 
+def stored_parameters_that_differ() -> str:
+    """The same where no rank's memory holds what the tasks see."""
+    with everything_distributed():
+        return parameters_that_differ()
+
+
 def told(model: Any, data: Any) -> str:
     """What a step says."""
     try:
@@ -165,12 +204,15 @@ CHECKS: tuple[Callable[[], Any], ...] = (
     resumed,
     crossed,
     in_bands,
+    in_wide_bands,
+    clocks_that_differ,
     exception_of_one_rank,
     nan_of_one_rank,
     nan_on_the_way,
     out_of_memory_of_one_rank,
     data_that_differ,
     parameters_that_differ,
+    stored_parameters_that_differ,
 )
 
 if __name__ == "__main__":
