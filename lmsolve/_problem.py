@@ -214,6 +214,17 @@ class LocalSums:
             w, r = loss.weights(xp, r)
         return dense_subproblem(xp, J, r, w, memory)
 
+    def iterated(
+        self, xp: Namespace, J: Array, r: Array, loss: Loss | None, options: dict[str, Any]
+    ) -> Subproblem:
+        """Subproblem of a dense J (m, n) that is to be iterated on, and r (m,)."""
+        from . import _sparse
+
+        w = None
+        if loss is not None:
+            w, r = loss.weights(xp, r)
+        return _sparse.iterated_subproblem(J, r, w, options)
+
     def curvature_rows(
         self, J: Array, r: Array, loss: Loss | None
     ) -> tuple[np.ndarray, np.ndarray | None] | None:
@@ -341,6 +352,8 @@ class Problem:
             return self._from_blocks(J, x)
         if is_dense(J) and (self.linear_solver is None or self.linear_solver[0] != "lsmr"):
             return self.sums.subproblem(self.xp, J, r, self.loss, self._memory)
+        if is_dense(J):
+            return self.sums.iterated(self.xp, J, r, self.loss, self.linear_solver[1])
         w = None
         r = on_host(self.xp, r)
         if self.loss is not None:
@@ -348,12 +361,10 @@ class Problem:
         return self._iterative(J, r, w)
 
     def _iterative(self, J: Any, r: Array, w: Array | None) -> Subproblem:
-        """Subproblem of a sparse J, an operator, or a dense J that is to be iterated on."""
+        """Subproblem of a sparse J or an operator."""
         from . import _sparse
 
         solver, options = self.linear_solver or (None, {})
-        if is_dense(J):
-            return _sparse.iterated_subproblem(on_host(self.xp, J), r, w, options)
         if solver == "exact":
             raise ValueError(
                 "`tr_solver` must not be 'exact' where `jac` is sparse or an operator, got "

@@ -51,7 +51,7 @@ def sparse_subproblem(
     fill = float(np.sum(np.diff(A.indptr).astype(float) ** 2))
     if solver == "lsmr" or (solver is None and fill > DIRECT_ENTRIES):
         norms = np.sqrt(np.asarray(A.multiply(A).sum(axis=0)).ravel())
-        return OperatorSubproblem(A, r, norms, **_stopping(options))
+        return OperatorSubproblem(A, r, norms, **stopping(options))
     return SparseNormalEquations(A, r, {} if memory is None else memory)
 
 
@@ -73,7 +73,7 @@ def operator_subproblem(
             rmatvec=lambda z, A=A: A.rmatvec(w * z).ravel(),
             dtype=r.dtype,
         )
-    return OperatorSubproblem(A, r, None, **_stopping(options))
+    return OperatorSubproblem(A, r, None, **stopping(options))
 
 
 def iterated_subproblem(
@@ -81,10 +81,10 @@ def iterated_subproblem(
 ) -> Subproblem:
     """Subproblem of a dense J (m, n) by iterations, for the caller who asks for them."""
     A = J if weights is None else weights[:, None] * J
-    return OperatorSubproblem(A, r, np.sqrt(np.einsum("ij,ij->j", A, A)), **_stopping(options))
+    return OperatorSubproblem(A, r, np.sqrt(np.einsum("ij,ij->j", A, A)), **stopping(options))
 
 
-def _stopping(options: Mapping[str, Any]) -> dict[str, Any]:
+def stopping(options: Mapping[str, Any]) -> dict[str, Any]:
     """SciPy's options of LSMR as the tolerance and the iterations of conjugate gradients."""
     given = [float(options[name]) for name in ("atol", "btol") if name in options]
     return {"tolerance": max(given) if given else None, "maxiter": options.get("maxiter")}
@@ -182,20 +182,22 @@ class SparseCholesky:
 
 
 class OperatorSubproblem:
-    """Subproblem of anything with products A p and A' z, by truncated conjugate gradients."""
+    """Subproblem of anything with products A p and A' z, by truncated conjugate gradients.
+
+    A subclass may take the products elsewhere, and vectors of m entries need not be arrays.
+    """
 
     def __init__(
         self,
         A: Any,
-        r: np.ndarray,
+        r: Any,
         norms: np.ndarray | None,
         tolerance: float | None = None,
         maxiter: int | None = None,
     ) -> None:
         self._A, self._r = A, r
-        self._At = A.H if hasattr(A, "rmatvec") else A.T
         self._tolerance, self._maxiter = tolerance, maxiter
-        self.grad = np.asarray(self._At @ r).ravel()
+        self.grad = self._back(r)
         self.norms = norms
         self.escalated = False
         self.iterations = 0
@@ -212,19 +214,32 @@ class OperatorSubproblem:
 
     def reduction(self, p: np.ndarray) -> float:
         """Model decrease; see Subproblem."""
-        Jp = np.asarray(self._A @ p).ravel()
+        Jp = self._times(p)
         return -float(self._r @ Jp + 0.5 * (Jp @ Jp))
+
+    def _times(self, p: np.ndarray) -> Any:
+        """A p (m,)."""
+        return np.asarray(self._A @ p).ravel()
+
+    def _back(self, z: Any) -> np.ndarray:
+        """A' z (n,)."""
+        A = self._A
+        return np.asarray((A.H if hasattr(A, "rmatvec") else A.T) @ z).ravel()
+
+    def _size(self, z: Any) -> float:
+        """|z|; unlike z'z it does not overflow."""
+        return float(np.linalg.norm(z))
 
     def _conjugate_gradients(
         self, mu: float, radius: float, d: np.ndarray, start: np.ndarray | None
     ) -> np.ndarray:
         """q (n,) by CGLS (Bjorck 1996, "Numerical Methods for Least Squares Problems", 7.4)."""
-        z = self._r if start is None else self._r + np.asarray(self._A @ start).ravel()
-        size = float(np.linalg.norm(z))  # unlike z'z it does not overflow
+        z = self._r if start is None else self._r + self._times(start)
+        size = self._size(z)
         if size == 0.0 or not np.isfinite(size):
             return np.zeros_like(d)
-        z, radius = -z / size, radius / size
-        s = d * np.asarray(self._At @ z).ravel()
+        z, radius = (-1.0 / size) * z, radius / size
+        s = d * self._back(z)
         q, v = np.zeros_like(s), s.copy()
         gamma = first = float(s @ s)
         if first == 0.0 or not np.isfinite(first):
@@ -236,7 +251,7 @@ class OperatorSubproblem:
         steepest, rounding = 0.0, (8.0 * float(np.finfo(q.dtype).eps)) ** 2
         limit = 2 * q.shape[0] + 20 if self._maxiter is None else self._maxiter + 1
         for self.iterations in range(1, limit):
-            w = np.asarray(self._A @ (d * v)).ravel()
+            w = self._times(d * v)
             v2 = float(v @ v)
             curvature = float(w @ w) + mu * v2
             steepest = max(steepest, curvature / v2)
@@ -247,8 +262,8 @@ class OperatorSubproblem:
             if float(longer @ longer) >= radius * radius:
                 return size * (q + _to_boundary(q, v, radius) * v)
             q = longer
-            z = z - alpha * w
-            s = d * np.asarray(self._At @ z).ravel() - mu * q
+            z = z + (-alpha) * w
+            s = d * self._back(z) - mu * q
             new = float(s @ s)
             if new <= max(tolerance**2 * first, rounding * steepest * float(z @ z)):
                 break

@@ -238,6 +238,11 @@ def test_complex_wide_problems_stay_where_they_are(
     assert result.jac.shape == (7, 20)
 
 
+def own_loss(xp: Any) -> Any:
+    """log(1 + z) by a library."""
+    return lambda z: xp.stack([xp.log1p(z), 1.0 / (1.0 + z), -1.0 / (1.0 + z) ** 2])
+
+
 def as_operator(J: np.ndarray) -> LinearOperator:
     """J as products with it."""
     return LinearOperator(
@@ -245,34 +250,65 @@ def as_operator(J: np.ndarray) -> LinearOperator:
     )
 
 
-@pytest.mark.parametrize("kind", ["lsmr", "operator", "sparse"])
+@pytest.mark.parametrize("kind", ["operator", "sparse"])
 @pytest.mark.parametrize("m_less_than_n", [False, True])
-def test_what_scipy_works_on_comes_to_the_host_at_accepted_points_only(
+def test_what_scipy_works_on_takes_residuals_to_the_host_at_accepted_points_only(
     xp: Any, monkeypatch: pytest.MonkeyPatch, kind: str, m_less_than_n: bool
 ) -> None:
     m, n = (12, 301) if m_less_than_n else (1_000, 3)
+    (fun, _), (whole, rows) = (
+        (wide(library, n) if m_less_than_n else long_decay(library, m)) for library in (xp, np)
+    )
+    x0 = np.zeros(n) if m_less_than_n else X0
+    options = {"x_scale": 1.0} if kind == "operator" else {}
+    form = as_operator if kind == "operator" else csr_array
+    expected = least_squares(whole, x0, lambda x: form(rows(x)), **options)
+    transfers = Transfers(xp, monkeypatch)
+    result = least_squares(
+        fun, xp.array(x0), lambda x: form(rows(np.asarray(x))), backend="cupynumeric", **options
+    )
+    assert transfers.sizes.count(64) == result.nfev == expected.nfev  # the costs
+    assert transfers.sizes.count(8 * m) == result.njev  # the residuals
+    assert max(transfers.sizes) == 8 * max(m, n)
+    np.testing.assert_allclose(host(result.x), expected.x, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"loss": "soft_l1", "f_scale": 0.1}, {"bounds": (-1.0, 2.0)}, {"loss": own_loss}],
+    ids=["plain", "robust", "bounded", "own loss"],
+)
+@pytest.mark.parametrize("torch_blocks", [False, True])
+@pytest.mark.parametrize("m_less_than_n", [False, True])
+def test_iterations_take_their_products_where_the_rows_are(
+    xp: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    torch_blocks: bool,
+    m_less_than_n: bool,
+) -> None:
+    from lmsolve.legate import _sums
+    from lmsolve.legate._blocks import TorchBlocks
+
+    if torch_blocks:  # what a GPU computes with, here on CPUs
+        monkeypatch.setattr(_sums, "_blocks", lambda: TorchBlocks("float64"))
+    m, n = (12, 40) if m_less_than_n else (1_000, 3)
+    own = callable(options.get("loss"))
+    ours, theirs = (
+        {"tr_solver": "lsmr", **options, **({"loss": own_loss(library)} if own else {})}
+        for library in (xp, np)
+    )
     (fun, jac), (whole, rows) = (
         (wide(library, n) if m_less_than_n else long_decay(library, m)) for library in (xp, np)
     )
     x0 = np.zeros(n) if m_less_than_n else X0
-    options: dict[str, Any] = {"tr_solver": "lsmr"} if kind == "lsmr" else {}
-    if kind == "operator":
-        options = {"x_scale": 1.0}
-    form = {"lsmr": np.asarray, "operator": as_operator, "sparse": csr_array}[kind]
-    expected = least_squares(whole, x0, lambda x: form(rows(x)), **options)
-    transfers = Transfers(xp, monkeypatch)
-    result = least_squares(
-        fun,
-        xp.array(x0),
-        jac if kind == "lsmr" else lambda x: form(rows(np.asarray(x))),
-        backend="cupynumeric",
-        **options,
-    )
-    sizes = transfers.sizes
-    assert sizes.count(64) == result.nfev == expected.nfev  # the costs
-    assert sizes.count(8 * m) == result.njev  # the residuals
-    assert sizes.count(8 * m * n) == (result.njev if kind == "lsmr" else 0)
-    np.testing.assert_allclose(host(result.x), expected.x, rtol=1e-7, atol=1e-9)
+    expected = least_squares(whole, x0, rows, **theirs)
+    with monkeypatch.context() as patched:
+        transfers = Transfers(xp, patched)
+        result = least_squares(fun, xp.array(x0), jac, backend="cupynumeric", **ours)
+    assert max(transfers.sizes) <= max(64, 8 * n)  # r has m numbers, or they are few
+    np.testing.assert_allclose(host(result.x), expected.x, rtol=1e-6, atol=1e-8)
+    assert result.cost == pytest.approx(expected.cost, rel=1e-9, abs=1e-18)
 
 
 def undetermined(xp: Any, m: int = 8, n: int = 20) -> tuple[Any, Any]:
@@ -286,11 +322,6 @@ def undetermined(xp: Any, m: int = 8, n: int = 20) -> tuple[Any, Any]:
         lambda x: A @ x + 0.1 * xp.sin(A @ x) - b,
         lambda x: A * (1.0 + 0.1 * xp.cos(A @ x))[:, None],
     )
-
-
-def own_loss(xp: Any) -> Any:
-    """log(1 + z) by a library."""
-    return lambda z: xp.stack([xp.log1p(z), 1.0 / (1.0 + z), -1.0 / (1.0 + z) ** 2])
 
 
 @pytest.mark.parametrize("few", [False, True])

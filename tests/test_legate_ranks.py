@@ -58,6 +58,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         "streamed_arrays",
         "wide_arrays",
         "wide_trials",
+        "iterated_arrays",
         "reduced_by_qr",
     ],
 )
@@ -83,6 +84,12 @@ def test_arrays_of_two_ranks_fit_as_those_of_one_process(found: list[dict[str, A
     expected = least_squares(residual, X0, jacobian, args=(T, Y), max_nfev=4)
     for check in ("fitted_arrays", "streamed_arrays"):
         assert float.fromhex(found[0][check]["cost"]) == pytest.approx(expected.cost, rel=1e-9)
+
+
+def test_iterations_of_two_ranks_are_those_of_one_process(found: list[dict[str, Any]]) -> None:
+    expected = least_squares(residual, X0, jacobian, args=(T, Y), tr_solver="lsmr", max_nfev=4)
+    cost = float.fromhex(found[0]["iterated_arrays"]["cost"])
+    assert cost == pytest.approx(expected.cost, rel=1e-6)
 
 
 def test_wide_arrays_of_two_ranks_fit_as_those_of_one_process(found: list[dict[str, Any]]) -> None:

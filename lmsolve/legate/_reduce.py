@@ -314,14 +314,19 @@ class SumsJob(RowJob):
     def _add(self, sums: Any, x: Array, shard: _tasks.Shard) -> int:
         """Add the rows of the shard; their number."""
         count = 0
+        for J, r in self._weighted_rows(x, shard):
+            sums.add(J, r)
+            count += r.shape[0]
+        return count
+
+    def _weighted_rows(self, x: Array, shard: _tasks.Shard) -> Iterator[tuple[Array, Array]]:
+        """J (b, n) and r (b,) of each block, weighted by its loss."""
         for block, b in self._blocks(shard):
             r, J, loss = self._functions.linear(x, block, b)
             if loss is not None:
                 w, r = loss.weights(array_namespace(r), r)
                 J = J * w[:, None]
-            sums.add(J, r)
-            count += r.shape[0]
-        return count
+            yield J, r
 
 
 class TriangleJob(RowJob):

@@ -26,6 +26,7 @@ from lmsolve._xp import Array, Namespace, array_namespace, is_cupynumeric, to_nu
 from . import _memory
 from ._blas import one_thread
 from ._blocks import NumpyBlocks, TorchBlocks
+from ._iterated import IteratedEquations, WideProducts
 from ._reduce import CostJob, CostSums, SumsJob, cost_of, rows_of_block
 from ._start import check_startable
 from ._wide import WideEquations
@@ -83,6 +84,20 @@ class ShardedSums(LocalSums):
             return WideEquations(J, *weighted(r, loss), _blocks(), is_cupynumeric(r))
         sums = self.reductions(n, loss)
         return sums.subproblem(sums.layout(m, (J, *parts(r, loss))), np.zeros(1, dtype=r.dtype))
+
+    def iterated(
+        self, xp: Namespace, J: Array, r: Array, loss: Loss | None, options: dict[str, Any]
+    ) -> Subproblem:
+        """Subproblem of J (m, n) to be iterated on: a launch for each product."""
+        m, n = J.shape
+        if not is_cupynumeric(J):
+            return super().iterated(xp, J, to_numpy(r), loss, options)
+        if m < n:
+            w, r = weighted(r, loss)
+            return WideProducts(WideEquations(J, w, r, _blocks(), False), r, options)
+        sums = self.reductions(n, loss)
+        layout = sums.layout(m, (J, *parts(r, loss)))
+        return IteratedEquations(sums, layout, r.dtype, options)
 
     def curvature_rows(
         self, J: Array, r: Array, loss: Loss | None

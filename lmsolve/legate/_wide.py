@@ -64,7 +64,7 @@ class WideEquations:
         """The subproblem in y (m,), whose column scales are ones."""
         if self._d is not d:
             self._factor(d)
-        r = self._r if start is None else self._r + self._matvec(start)
+        r = self._r if start is None else self._r + self.matvec(start)
         self._small = DualEquations(np, Rows(np, self._L, r))
         return self._small
 
@@ -101,7 +101,7 @@ class WideEquations:
         if isinstance(p, WideStep):
             self._last = p, p.Jp
         elif p is not self._last[0]:
-            self._last = p, self._matvec(p)
+            self._last = p, self.matvec(p)
         Jp = self._last[1]
         return -(self._r @ Jp + 0.5 * (Jp @ Jp))
 
@@ -146,7 +146,11 @@ class WideEquations:
         found = place.read().reshape(layout.shards, count, layout.tile)
         return np.concatenate(list(found), axis=1)[:, : layout.m].astype(self._r.dtype)
 
-    def _matvec(self, p: np.ndarray) -> np.ndarray:
+    def rmatvec(self, z: np.ndarray) -> np.ndarray:
+        """Weighted J'z (n,): one launch, and one read of n numbers."""
+        return self._columns(ColumnJob, self._layout(), (self._w * z)[None, :], 1)[0]
+
+    def matvec(self, p: np.ndarray) -> np.ndarray:
         """Weighted J p (m,): one launch, and one read of m numbers."""
         layout = self._layout(p)
         place = self._sums.place(layout, self._r.shape[0], "The products with J")

@@ -120,6 +120,15 @@ def wide_trials() -> dict[str, Any]:
     return {"cost": result.cost.hex(), "bits": bits, "accepted": accepted}
 
 
+def iterated_arrays() -> dict[str, Any]:
+    """Conjugate gradients whose products are sums over the rows of both ranks."""
+    fun, jac = arrays()
+    result = least_squares(
+        fun, xp.array(X0), jac, tr_solver="lsmr", backend="cupynumeric", max_nfev=4
+    )
+    return {"cost": result.cost.hex(), "bits": np.asarray(result.x).tobytes().hex()}
+
+
 def reduced_by_qr() -> dict[str, Any]:
     """An ill-conditioned problem goes over to the triangular factors of both ranks."""
     A, b = nearly_dependent()
@@ -175,6 +184,7 @@ CHECKS: tuple[Callable[[], dict[str, Any]], ...] = (
     streamed_arrays,
     wide_arrays,
     wide_trials,
+    iterated_arrays,
     reduced_by_qr,
     exception_of_one_rank,
     trouble_of_one_rank,
