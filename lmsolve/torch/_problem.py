@@ -39,6 +39,8 @@ _MATRICES = 3
 _WIDE_ACCUMULATOR = 16384
 # Relative damping above which products of float32 rows may be made in float32.
 COARSE = 1e-3
+# Random vectors that estimate the columns of a J that is nowhere.
+_DRAWS = 4
 # Bytes of J that are kept for two products a trial, which otherwise cost a pass each.
 HELD = 64 << 20
 
@@ -284,11 +286,20 @@ class NetworkProblem:
     def _matrix_free(self, x: Tensor) -> MatrixFreeSubproblem:
         products = self._products(x)
         r = self._rows(self._point(x)).to(x.dtype)
-        # E |J'z|^2 = |J|^2 (Frobenius) for random signs z. One fixed draw: it scales the damping.
+        squares = self._column_squares(products, r)
+        return MatrixFreeSubproblem(squares, x, r, products, self.settings.decay)
+
+    def _column_squares(self, products: Products, r: Tensor) -> Tensor:
+        """Estimate (n,) of the squared norms of J's columns."""
+        # E (J'z)^2 over random signs z. Fixed draws: they scale the damping.
         generator = torch.Generator().manual_seed(0)
-        z = torch.randint(0, 2, r.shape, generator=generator).to(r) * 2 - 1
-        size = float(products.transposed(z).square().mean())
-        return MatrixFreeSubproblem(size, x, r, products, self.settings.decay)
+        total = torch.zeros(self.network.parameters.n, dtype=torch.float64, device=r.device)
+        for _ in range(_DRAWS):
+            z = torch.randint(0, 2, r.shape, generator=generator).to(r) * 2 - 1
+            total += products.transposed(z).to(torch.float64).square() / _DRAWS
+        parts = torch.split(total, self.network.parameters.sizes)
+        shapes = self.network.parameters.shapes
+        return torch.cat([_smoothed(v.view(s)) for v, s in zip(parts, shapes, strict=True)])
 
     def _products(self, x: Tensor) -> Products:
         """J at x as an operator that holds nothing."""
@@ -351,3 +362,14 @@ class NetworkProblem:
             self.plan = replace(smaller, activation_bytes=2 * max(1, smaller.activation_bytes))
             if self.network.parameters.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+
+def _smoothed(squares: Tensor) -> Tensor:
+    """Flat products of the means over the rows and over the columns of a tensor, over its mean.
+
+    Of few draws they are nearer to the truth than the draws themselves.
+    """
+    matrix = squares.reshape(len(squares), -1) if squares.ndim > 1 else squares.reshape(1, -1)
+    rows, columns = matrix.mean(1, keepdim=True), matrix.mean(0, keepdim=True)
+    least = torch.finfo(matrix.dtype).tiny
+    return (rows / matrix.mean().clamp_min(least) * columns).reshape(-1)

@@ -170,7 +170,9 @@ class WideSubproblem(Linearised):
 
 
 class MatrixFreeSubproblem(Linearised):
-    """Conjugate gradients, stopped when the model hardly gains any more.
+    """Conjugate gradients, preconditioned, and stopped when the model hardly gains any more.
+
+    The preconditioner is the diagonal of `J'J + L` with an estimate `squares` (n,) of J'J's.
 
     The stop is by the decrease of the quadratic model (Nash and Sofer 1990, "Assessing a search
     direction within a truncated-Newton method"): iteration i is the last when its decrease is
@@ -180,34 +182,40 @@ class MatrixFreeSubproblem(Linearised):
     tolerance = 0.5
     most = 200
 
-    def __init__(self, size: float, x: Tensor, r: Tensor, products: Products, decay: float) -> None:
+    def __init__(
+        self, squares: Tensor, x: Tensor, r: Tensor, products: Products, decay: float
+    ) -> None:
         super().__init__(x, r, products, decay, None)
         self.grad = products.transposed(r).to(x.dtype) + decay * x
-        self.size = size + decay
+        self.squares = squares
+        self.size = float(squares.mean()) + decay  # a host read: it scales the damping
 
     def solve(self, damping: float) -> Tensor:
         """Inexact step p (n,)."""
         J, total = self.products, self.decay + damping
+        inverse = 1 / (self.squares + total)
         residual = -self.grad
-        p, direction = torch.zeros_like(residual), residual
-        rr = float(residual @ residual)  # one host read an iteration: it steers the loop
+        direction = inverse * residual
+        p = torch.zeros_like(residual)
+        rz = float(residual @ direction)  # one host read an iteration: it steers the loop
         gained = 0.0
         for i in range(1, self.most + 1):
-            if not rr > 0:
+            if not rz > 0:
                 break
             image = J.transposed(J.product(direction)).to(p.dtype) + total * direction
             curvature = float(direction @ image)
             if not curvature > 0:
                 raise np.linalg.LinAlgError("the damped system is not positive definite")
-            step = rr / curvature
-            gain = 0.5 * step * rr
+            step = rz / curvature
+            gain = 0.5 * step * rz
             p = p + step * direction
             residual = residual - step * image
             gained += gain
             if i > 1 and i * gain <= self.tolerance * gained:
                 break
-            rr, previous = float(residual @ residual), rr
-            direction = residual + (rr / previous) * direction
+            z = inverse * residual
+            rz, previous = float(residual @ z), rz
+            direction = z + (rz / previous) * direction
         return p
 
     def acceleration(self, p: Tensor) -> Tensor | None:
