@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lmsolve import least_squares
-from lmsolve.legate import rows
+from lmsolve.legate import _cholesky, rows
 from lmsolve.legate._cholesky import LegateCholesky
 from tests.decay import X0, T, Y, jacobian, residual
 from tests.test_legate_arrays import long_decay
@@ -57,6 +57,21 @@ def test_arrays_are_reduced_on_the_gpu(xp: Any, blocks: int, loss: str) -> None:
     whole, exact = long_decay(np, 30_000)
     expected = least_squares(whole, X0, exact, **options)
     np.testing.assert_allclose(np.asarray(result.x), expected.x, rtol=1e-8)
+
+
+@pytest.mark.parametrize("bands", [False, True])
+@pytest.mark.parametrize("width", [8, 40])
+def test_networks_take_the_steps_of_one_process_on_the_gpu(
+    xp: Any, monkeypatch: pytest.MonkeyPatch, width: int, bands: bool
+) -> None:
+    from lmsolve.torch import fit
+    from tests.test_torch_legate import assert_same, cloud, net
+
+    if bands:  # with few parameters, too
+        monkeypatch.setattr(_cholesky, "pays", lambda n: True)
+    data = tuple(a.cuda() for a in cloud(41))
+    ways = ("torch", "legate")
+    assert_same(tuple(fit(net(width, 3, 2).cuda(), data, max_steps=6, linalg=w) for w in ways))
 
 
 @pytest.mark.multigpu

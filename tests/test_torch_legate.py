@@ -256,6 +256,53 @@ def pooled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_cluster.Cluster, "__init__", made)
 
 
+@pytest.fixture(params=["host", "bands"])
+def placing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices on the host, as in one process, and in bands with their vectors, as on GPUs."""
+    if request.param == "bands":
+        from lmsolve.legate import _cholesky
+
+        request.getfixturevalue("pooled")
+        monkeypatch.setattr(_cholesky, "pays", lambda n: True)
+
+
+@pytest.mark.legate
+@pytest.mark.parametrize("tile", [7, 41, 5])
+def test_a_factor_in_bands_solves_its_system(pooled: None, tile: int) -> None:
+    from lmsolve.torch._bands import Bands
+    from lmsolve.torch._shards import view_of
+    from lmsolve.torch._vectors import combined
+
+    n, cluster = 41, session(net(), curve()).cluster
+    torch.manual_seed(0)
+    B = torch.randn(n + 3, n).double()
+    A, b = B.T @ B, torch.randn(n).double()
+
+    def fill(shard: Any) -> Any:
+        band = view_of(shard.outputs[0])
+        band.copy_(A[shard.index * tile :][: len(band)])
+        return ()
+
+    def put(shard: Any) -> Any:
+        view_of(shard.outputs[0]).copy_(b[shard.index * tile :][:tile])
+        return ()
+
+    bands, there = Bands(cluster, n, tile, torch.float64), cluster.vector(n, tile)
+    cluster.run(fill, bands.count, (), bands.outputs)
+    cluster.run(put, bands.count, (), (there.tiles,))
+    factor = bands.factor(0.5)
+    with cluster.chained():
+        x = combined(cluster, (-1.0, factor.solve(there)), against=there)
+    image, curvature, off = bands.product(x, 0.5, there)
+    expected = -torch.linalg.solve(A + 0.5 * torch.eye(n), b)
+    for found, right in ((x, expected), (image, A @ expected)):
+        torch.testing.assert_close(cluster.read(found.store, "vectors"), right)
+    told = x.square, x.largest, x.along, curvature
+    right = expected @ expected, expected.abs().max(), expected @ b, expected @ A @ expected
+    np.testing.assert_allclose(told, [float(v) for v in right], rtol=1e-9)
+    assert off < 1e-12 * float(A.abs().max())
+
+
 @pytest.mark.legate
 @pytest.mark.parametrize(
     ("make", "points"),  # the wide one's acceleration looks ahead by a launch of its own
@@ -405,9 +452,10 @@ def test_single_precision_model_has_its_sums_in_double() -> None:
 
 
 @pytest.mark.legate
-def test_mini_batches_and_a_data_loader() -> None:
+def test_mini_batches_and_a_data_loader(placing: None) -> None:
     x, y = curve()
     assert_same(both(net, (x, y), batch_size=25))
+    assert_same(both(net, (x, y), batch_size=25, grow_batches=True, max_steps=9))
     pair = both(net, DataLoader(TensorDataset(x, y), batch_size=25), max_steps=8)
     assert_same(pair)
     assert set(pair[1].history["samples"]) == {25, 11}
@@ -423,7 +471,7 @@ def test_optimizer_steps() -> None:
 
 
 @pytest.mark.legate
-def test_a_checkpoint_of_legate_goes_on_in_one_process(tmp_path: Path) -> None:
+def test_a_checkpoint_of_legate_goes_on_in_one_process(placing: None, tmp_path: Path) -> None:
     path = tmp_path / "state"
     options = {"checkpoint": path, "checkpoint_steps": 1}
     fit(net(), curve(), max_steps=5, linalg="legate", **options)
@@ -728,7 +776,9 @@ class Refused(Exception):
 
 
 @pytest.mark.legate
-def test_an_exception_of_the_residual_function_comes_back_with_its_traceback() -> None:
+def test_an_exception_of_the_residual_function_comes_back_with_its_traceback(
+    placing: None,
+) -> None:
     calls = [0]
 
     def refusing(output: Any, target: Any) -> Any:
@@ -744,7 +794,7 @@ def test_an_exception_of_the_residual_function_comes_back_with_its_traceback() -
 
 
 @pytest.mark.legate
-def test_a_nan_in_one_shard_rejects_the_step() -> None:
+def test_a_nan_in_one_shard_rejects_the_step(placing: None) -> None:
     x, y = curve()
     count = [0]
     lock = threading.Lock()
@@ -765,7 +815,7 @@ def test_a_nan_in_one_shard_rejects_the_step() -> None:
 
 
 @pytest.mark.legate
-def test_running_out_of_memory_in_a_task_halves_the_blocks() -> None:
+def test_running_out_of_memory_in_a_task_halves_the_blocks(placing: None) -> None:
     x, y = cloud(64, 2)
 
     def greedy(output: Any, target: Any) -> Any:
