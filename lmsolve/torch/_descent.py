@@ -12,7 +12,7 @@ follows the gain ratio (H. B. Nielsen 1999, "Damping parameter in Marquardt's me
 It is not the iteration of `least_squares`, whose scales are the norms of J's columns: the valleys
 of networks are narrow, long and curved in all parameters at once. On the sinc problem (61
 parameters, 2,000 points, 1,200 trials, five seeds) mean squared errors end between 5e-9 and 1e-5
-there, between 5e-9 and 2e-8 with uniform damping and between 3e-13 and 5e-10 with both.
+there, between 5e-9 and 2e-8 with uniform damping and at a median of 6e-12 with both.
 """
 
 from __future__ import annotations
