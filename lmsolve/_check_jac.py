@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from . import _numdiff, _validate
+from ._functions import UserFunction, as_jacobian, wrong_shape
 from ._numdiff import Differences
-from ._problem import UserFunction, as_jacobian, wrong_shape
 from ._xp import to_numpy
 
 

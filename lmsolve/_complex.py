@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ._problem import UserFunction
+from ._functions import UserFunction
 from ._xp import Array, array_namespace
 
 

@@ -12,19 +12,15 @@ import numpy as np
 from scipy.optimize import OptimizeResult
 
 from . import _bounds, _complex, _history, _hooks, _numdiff, _validate
+from ._functions import ResidualAndJacobian, UserFunction
 from ._lm import DIFFERENCE_ERROR, LevenbergMarquardt, difference_share
 from ._numdiff import Differences
-from ._problem import (
-    LOCAL,
-    Problem,
-    ResidualAndJacobian,
-    StreamedProblem,
-    UserFunction,
-)
+from ._problem import Problem, StreamedProblem
 from ._result import Context, LeastSquaresResult
 from ._state import LMState
 from ._status import CALLBACK, message
 from ._subproblem import NormalEquations
+from ._sums import LOCAL
 from ._tiny import PARAMETERS as TINY
 from ._tiny import Descent
 from ._xp import (

@@ -10,9 +10,9 @@ import scipy.optimize
 
 from . import _validate
 from ._fit import UNBOUNDED, Fit, Options
-from ._problem import LOCAL
 from ._result import Context, LeastSquaresResult
 from ._state import LMState
+from ._sums import LOCAL
 from ._xp import is_cupynumeric
 
 

@@ -20,6 +20,7 @@ from scipy.linalg.blas import ddot
 from scipy.linalg.lapack import dposv, dpotrs
 
 from ._damping import ACCEPT, POOR, Damping, interpolated, updated
+from ._functions import UserFunction
 from ._history import Iteration, settled_reach
 from ._lm import (
     DIFFERENCE_ERROR,
@@ -31,7 +32,7 @@ from ._lm import (
     difference_share,
 )
 from ._numdiff import plain_steps
-from ._problem import Problem, UserFunction
+from ._problem import Problem
 from ._start import WEIGHT, finite_cost, first_radius
 from ._state import LMState
 from ._status import BOTH, FTOL, GTOL, XTOL

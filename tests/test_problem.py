@@ -5,9 +5,10 @@ import pytest
 from scipy.sparse import csr_array
 from scipy.sparse.linalg import aslinearoperator
 
+from lmsolve._functions import ResidualAndJacobian, UserFunction
 from lmsolve._loss import LOSSES, Loss
 from lmsolve._numdiff import Differences
-from lmsolve._problem import Problem, ResidualAndJacobian, StreamedProblem, UserFunction
+from lmsolve._problem import Problem, StreamedProblem
 from lmsolve._sparse import OperatorSubproblem, SparseNormalEquations
 from lmsolve._subproblem import DualEquations, NormalEquations
 from tests.tools import Counted, Decay

@@ -6,7 +6,6 @@ import pytest
 from lmsolve import _linalg, _subproblem
 from lmsolve._linalg import LinAlgError
 from lmsolve._loss import LOSSES, Loss
-from lmsolve._problem import BlockSums
 from lmsolve._subproblem import (
     DualEquations,
     Factored,
@@ -15,6 +14,7 @@ from lmsolve._subproblem import (
     dense_subproblem,
     gram,
 )
+from lmsolve._sums import BlockSums
 from tests.tools import Library
 
 

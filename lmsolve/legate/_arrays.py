@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lmsolve._problem import LOCAL, LocalSums
+from lmsolve._sums import LOCAL, LocalSums
 from lmsolve._xp import is_cupynumeric, to_numpy
 
 from ._start import start

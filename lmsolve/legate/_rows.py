@@ -18,8 +18,8 @@ import numpy as np
 from lmsolve import _numdiff
 from lmsolve._loss import LOSSES, Loss
 from lmsolve._numdiff import Differences
-from lmsolve._problem import LOCAL
 from lmsolve._subproblem import NormalEquations
+from lmsolve._sums import LOCAL
 from lmsolve._xp import Array, Namespace, array_namespace, copied, to_numpy
 
 from ._blocks import Function, NumpyBlocks, TorchBlocks

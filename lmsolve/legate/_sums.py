@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lmsolve._loss import Loss, UserLoss
-from lmsolve._problem import LOCAL, BlockCosts, BlockSums, LocalSums
 from lmsolve._subproblem import Subproblem
+from lmsolve._sums import LOCAL, BlockCosts, BlockSums, LocalSums
 from lmsolve._xp import Array, Namespace, array_namespace, is_cupynumeric, to_numpy
 
 from . import _memory
