@@ -20,8 +20,8 @@ LinAlgError = np.linalg.LinAlgError
 #: From this size on LAPACK takes several threads. SciPy's and NumPy's, each with threads of its
 #: own, keep each other waiting (80 ms for 13 at n = 1000, after a product of NumPy's): so NumPy's.
 THREADED = 100
-#: From this size on the wait counts for less than the two copies that NumPy's makes.
-IN_PLACE = 1500
+#: Rows of a symmetric matrix that are mirrored at a time.
+MIRRORED = 64
 #: Rows that are reduced at a time. Not a power of two: those of a column-ordered block would share
 #: lines of the cache, and copying them takes ten times as long.
 ROWS = 520
@@ -49,7 +49,7 @@ class Cholesky:
         if xp is np:
             single = A.dtype == np.float32
             self._potrs = lapack.spotrs if single else lapack.dpotrs
-            self._lower = A.shape[0] < THREADED or (overwrite and A.shape[0] >= IN_PLACE)
+            self._lower = overwrite or A.shape[0] < THREADED
             if self._lower:
                 potrf = lapack.spotrf if single else lapack.dpotrf
                 # The transpose of a symmetric C-ordered matrix is itself, Fortran-ordered: no copy.
@@ -75,6 +75,63 @@ class Cholesky:
             y, _ = self._potrs(self._factor, b, lower=self._lower)
             return y
         return _cholesky_solve(self._xp, self._factor, b)
+
+
+class Halves:
+    """A symmetric matrix (n, n) in one triangle of an array; the other has room for a factor."""
+
+    def __init__(self, A: np.ndarray) -> None:
+        self._array = A  # C-ordered; what it holds above the diagonal is given up
+        self._diagonal = A.diagonal().copy()
+
+    def scaled(self, d: np.ndarray, mu: float) -> np.ndarray:
+        """The array, with ``d A d + mu I`` on and above the diagonal, and a 1 there where d is 0.
+
+        It holds that until the next call, or until a factor takes its place.
+        """
+        A, n = self._array, d.shape[0]
+        for i in range(0, n, MIRRORED):
+            j = min(i + MIRRORED, n)
+            right = A[i:j, j:]
+            np.copyto(right, A[j:, i:j].T)
+            right *= d[j:]
+            right *= d[i:j, None]
+            below = np.tril(A[i:j, i:j], -1)
+            A[i:j, i:j] = below + below.T * np.outer(d[i:j], d[i:j])
+        np.fill_diagonal(A, d * d * self._diagonal + (mu + (d == 0)))
+        return A
+
+    def product(self, p: np.ndarray) -> np.ndarray:
+        """``A p`` (n,)."""
+        diagonal = np.einsum("ii->i", self._array)  # a view
+        factor = diagonal.copy()
+        diagonal[...] = self._diagonal
+        symv = blas.ssymv if p.dtype == np.float32 else blas.dsymv
+        product: np.ndarray = symv(1.0, self._array.T, p)
+        diagonal[...] = factor
+        return product
+
+    def matrix(self) -> np.ndarray:
+        """A new array with the whole matrix."""
+        return Halves(self._array.copy()).whole(self._diagonal)
+
+    def whole(self, diagonal: np.ndarray) -> np.ndarray:
+        """The array with the whole matrix in it."""
+        A = self.scaled(np.ones_like(diagonal), 0.0)
+        np.fill_diagonal(A, diagonal)
+        return A
+
+
+def weighted_gram(J: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """``J'W W J`` (n, n), added up in one array, with a weighted copy of some rows at a time."""
+    m, n = J.shape
+    syrk = blas.ssyrk if J.dtype == np.float32 else blas.dsyrk
+    G = np.zeros((n, n), dtype=J.dtype, order="F")
+    for i in range(0, m, ROWS):
+        rows = J[i : i + ROWS] * weights[i : i + ROWS, None]
+        G = syrk(1.0, rows.T, beta=1.0, c=G, overwrite_c=1)
+    halves = Halves(G.T)
+    return halves.whole(G.diagonal().copy())
 
 
 def _cholesky(xp: Namespace, A: Array) -> Array:

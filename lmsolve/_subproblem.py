@@ -38,8 +38,8 @@ from ._xp import Array, Namespace, diagonal, eps
 #: A smaller squared pivot of the scaled normal matrix sends a problem to QR: normal equations
 #: lose about eps / pivot of the step, 2e-8 of it at this pivot.
 ESCALATE = 1e-8
-#: From so many parameters on the scaled matrix is made anew for each damping and factored in place:
-#: that takes n^2 of the n^3 / 3 multiplications of the factor, and two matrices of memory.
+#: From so many parameters on J'J and its factor share one array, and SciPy's LAPACK factors it in
+#: place (see _linalg.THREADED: the wait counts for less than the two copies that NumPy's makes).
 LARGE = 1500
 #: Where the memory of a problem holds that its last step was ill-conditioned.
 ILL = "ill-conditioned"
@@ -96,6 +96,9 @@ def gram(xp: Namespace, rows: Rows) -> tuple[Array, Array]:
                 return J.T.dot(J), J.T.dot(r)
         return xp.matmul(J.T, J), J.T @ r
     m, n = J.shape
+    if xp is np and n >= LARGE:
+        with np.errstate(over="ignore", invalid="ignore"):
+            return _linalg.weighted_gram(J, w), J.T.dot(w * r)
     block = max(1024, 2**20 // max(n, 1))
     G = g = None
     for i in range(0, m, block):
@@ -129,6 +132,7 @@ class NormalEquations:
         self._xp = xp
         self._gram = gram
         self._by: Array | None = None  # the scales (n,) that ``_gram`` is multiplied with
+        self._halves: _linalg.Halves | None = None  # what ``_gram`` becomes if it is large
         self._rows = rows
         self._memory = memory
         self._d: Array | None = None
@@ -138,19 +142,24 @@ class NormalEquations:
 
     @property
     def gram(self) -> Array:
-        """J'J (n, n); made anew where the scaled matrix has taken its memory."""
+        """J'J (n, n); made anew where something else has taken its memory."""
+        if self._halves is not None:
+            return self._halves.matrix()
         if self._by is None:
             return self._gram
         return _linalg.spd_matrix(self._xp, self._gram, 1.0 / self._by)
 
     def _times_gram(self, p: Array) -> Array:
         """J'J p (n,)."""
+        if self._halves is not None:
+            return self._halves.product(p)
         if self._by is None:
             return self._gram @ p
         return self._gram @ (p / self._by) / self._by
 
     def smallest_pivot(self, d: Array) -> float:
         """Smallest squared pivot of the scaled normal matrix, 0 if it is not positive definite."""
+        self._factor = None  # whose memory may be needed
         try:
             return float(self._factored(0.0, d).pivot)
         except LinAlgError:
@@ -179,10 +188,14 @@ class NormalEquations:
                 self._d, self._scaled = d, _held_diagonal(xp, self._gram, d)
             A = _linalg.add_diagonal(xp, self._scaled, mu) if mu else self._scaled
             return self._cholesky(A, overwrite=bool(mu))
+        if self._shares_memory(n):
+            if self._halves is None:
+                self._halves, self._gram = _linalg.Halves(self._gram), None
+            return Cholesky(xp, self._halves.scaled(d, mu), overwrite=True)
         if n >= LARGE or not d.all():
             A = _held_diagonal(xp, self.gram, d)
             A.ravel()[:: n + 1] += mu
-            return self._cholesky(A, overwrite=True)
+            return self._cholesky(A, overwrite=n >= LARGE)
         self._scale_in_place(d)
         diagonal = np.einsum("ii->i", self._gram)  # a view
         undamped = diagonal.copy()
@@ -191,6 +204,10 @@ class NormalEquations:
             return self._cholesky(self._gram, overwrite=False)
         finally:
             diagonal[...] = undamped
+
+    def _shares_memory(self, n: int) -> bool:
+        """Whether J'J and its factor are to share an array."""
+        return n >= LARGE
 
     def _scale_in_place(self, d: np.ndarray) -> None:
         """Turn J'J into the scaled matrix: at this size another one is a cost."""

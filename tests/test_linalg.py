@@ -131,3 +131,27 @@ def test_back_substitution(transposed):
     R = np.triu(np.random.default_rng(6).standard_normal((5, 5))) + 4 * np.eye(5)
     y = _linalg.back_substituted(R, np.arange(5.0), transposed)
     np.testing.assert_allclose((R.T if transposed else R) @ y, np.arange(5.0), atol=1e-14)
+
+
+@pytest.mark.parametrize("n", [5, 64, 150])
+def test_a_matrix_and_its_factor_share_an_array(n):
+    rng = np.random.default_rng(n)
+    J, d, p = rng.standard_normal((n + 20, n)), rng.uniform(0.5, 2, n), rng.standard_normal(n)
+    d[1] = 0.0
+    A = J.T @ J
+    halves = _linalg.Halves(A.copy())
+    for mu in (0.5, 2.0):
+        factor = Cholesky(np, halves.scaled(d, mu), overwrite=True)
+        expected = A * np.outer(d, d) + np.diag(mu + (d == 0))
+        np.testing.assert_allclose(expected @ factor.solve(p), p, atol=1e-10)
+        np.testing.assert_allclose(halves.product(p), A @ p, atol=1e-10)
+        np.testing.assert_allclose(halves.matrix(), A, rtol=1e-15)
+        np.testing.assert_allclose(expected @ factor.solve(p), p, atol=1e-10)  # not disturbed
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_the_gram_matrix_of_weighted_rows(order):
+    rng = np.random.default_rng(8)
+    J, w = np.array(rng.standard_normal((1200, 90)), order=order), rng.uniform(0, 2, 1200)
+    B = J * w[:, None]
+    np.testing.assert_allclose(_linalg.weighted_gram(J, w), B.T @ B, atol=1e-10)

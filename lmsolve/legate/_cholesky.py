@@ -29,6 +29,9 @@ WRONG = 100.0
 class LegateNormalEquations(NormalEquations):
     """`NormalEquations` of NumPy whose large matrices Legate factors."""
 
+    def _shares_memory(self, n: int) -> bool:
+        return super()._shares_memory(n) and (self._halves is not None or not pays(n))
+
     def _cholesky(self, A: np.ndarray, overwrite: bool) -> Cholesky | LegateCholesky:
         if pays(A.shape[0]):
             factor = LegateCholesky(A)
