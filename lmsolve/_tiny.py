@@ -121,8 +121,9 @@ class Linearisation:
             scale = [s / FADE_SQUARED for s in first_scale(weights, x.tolist())]
         steepest = square = slope = 0.0
         for w, s, v, gj, pj in zip(weights, scale, pivots, g, self.back.tolist()):
-            if not v * v >= ESCALATE * w:  # also NaN
+            if not v * v >= ESCALATE * w:  # also NaN, which LAPACK takes for positive
                 self.sound = False
+                return
             s *= FADE_SQUARED
             if w > s:
                 s = w
@@ -133,7 +134,7 @@ class Linearisation:
             slope -= pj * gj
             square += pj * pj * s
         self.steepest, self.slope, self.square = steepest, slope, square
-        self.sound = self.sound and square < math.inf
+        self.sound = square < math.inf
 
     def inverse(self) -> tuple[np.ndarray, float]:
         """(J'J)^-1 (n, n), and the smallest squared pivot of the scaled J'J."""

@@ -158,3 +158,9 @@ def test_a_jacobian_that_is_not_finite_is_told_at_x0_and_rejected_later():
         )
     result = least_squares(lambda x: np.array([x[0] - 1.0, x[0] ** 2]), [3.0], jac)
     assert result.status == -3
+
+
+def test_a_nan_beside_a_column_of_zeros_is_left_to_the_general_solver():
+    J = np.array([[np.nan, 0.0], [1.0, 0.0], [2.0, 0.0]])
+    assert not Linearisation(J, np.ones(3), None, np.ones(2)).sound
+    assert not Linearisation(np.zeros((3, 2)), np.ones(3), [1.0, 1.0], np.ones(2)).sound
