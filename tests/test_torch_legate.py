@@ -315,7 +315,7 @@ def test_weights_are_written_into_one_store_for_each_point(
     data = cloud() if isinstance(make(), Custom) else curve()
     if next(make().parameters()).dtype == torch.float32:
         data = data[0].float(), data[1].float()
-        assert_same(both(make, data, acceleration=False), rtol=2e-4)  # see below
+        assert_same(both(make, data), rtol=2e-4)
     else:
         assert_same(both(make, data))
     looked_at = session(make(), data)
@@ -442,8 +442,7 @@ def test_batch_normalisation_sees_the_whole_batch() -> None:
 @pytest.mark.legate
 def test_single_precision_model_has_its_sums_in_double() -> None:
     x, y = curve()
-    # Without acceleration: one process has it exactly there, and tasks from a difference.
-    pair = both(lambda: net().float(), (x.float(), y.float()), acceleration=False)
+    pair = both(lambda: net().float(), (x.float(), y.float()))
     assert_same(pair, rtol=2e-4)
     optimizer = session(net().float(), (x.float(), y.float()))
     state = optimizer.state

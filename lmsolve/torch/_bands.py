@@ -11,7 +11,7 @@ its `solve_triangular` would gather the factor on one processor. With band i of 
 so that a solve is two launches for each band, none of which is waited for, and band i never leaves
 its processor. A launch cannot read the whole of a vector that it writes in tiles: two take turns.
 Nor may it be given the whole and the tiles of one store: Legate 26.6.1 then read the whole before
-the launch that wrote it was done, in 6 of 13 runs on two CPUs.
+the launch that wrote it was done, in several of a dozen runs on two CPUs.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from ._losses import Judged
 from ._network import Batch, Network
 from ._params import Parameters
 from ._problem import Evaluation, NetworkProblem, Settings, accumulator
-from ._subproblems import TallSubproblem, solved
+from ._subproblems import CurvedSubproblem, TallSubproblem
 from ._sums import FEWEST_SYRK, ChunkSums, NormalSums
 
 # Elements of a cache line: rows that begin with one are written a quarter faster.
@@ -189,8 +189,15 @@ class ChainProblem(NetworkProblem):
         products = ChainProducts(self, passes, passes.slopes(exact))
         sums = self._sums(damping)
         products.add_rows(sums)
-        kind = CurvedChain if exact else TallSubproblem
-        return kind(sums.gram, sums.grad, x, r, products, self.settings.decay, slope)
+        rest = sums.gram, sums.grad, x, r, products, self.settings.decay
+        if exact:
+            return CurvedSubproblem(*rest, lambda p, known: products.curvature(p))
+        return TallSubproblem(*rest, slope)
+
+    def curvature(self, point: Point, p: Tensor) -> Tensor:
+        """J'r_pp (n,) at any point, exactly."""
+        trace = self._trace(point, self._spare)
+        return ChainProducts(self, trace, trace.slopes(graph=True)).curvature(p)
 
     def _sums(self, damping: float) -> NormalSums | ChunkSums:
         n, x = self.network.parameters.n, self.batch.inputs
@@ -198,18 +205,6 @@ class ChainProblem(NetworkProblem):
         if n < FEWEST_SYRK:
             return ChunkSums(n, dtype, self.cuts.chunks, block_dtype)
         return NormalSums(n, dtype, x.device, block_dtype)
-
-
-class CurvedChain(TallSubproblem):
-    """Normal equations with exact second derivatives."""
-
-    products: ChainProducts
-
-    def acceleration(self, p: Tensor) -> Tensor:
-        """Geodesic acceleration (n,) of the last step."""
-        assert self._factor is not None
-        right = self.products.transposed(self.products.second_derivative(p)).to(p.dtype)
-        return -0.5 * solved(self._factor, right)
 
 
 class Block:
@@ -314,6 +309,10 @@ class ChainProducts:
         """J p (m,)."""
         return self._rows(self._pushed(p)[0])
 
+    def curvature(self, p: Tensor) -> Tensor:
+        """J'r_pp (n,)."""
+        return self.transposed(self.second_derivative(p))
+
     def second_derivative(self, p: Tensor) -> Tensor:
         """r_pp (m,)."""
         first, second = self._pushed(p)
@@ -364,6 +363,7 @@ def verified(network: Network, batch: Batch, settings: Settings, x: Tensor, k: i
     sub = problem._normal(x, None)
     if not (is_close(sub.r.to(r.dtype), r) and is_close(sub.products.transposed(z), exact)):
         return None
-    if isinstance(sub, CurvedChain) and not sub.products.trace.bends():
-        return None
+    if isinstance(sub, CurvedSubproblem):
+        assert isinstance(sub.products, ChainProducts)
+        return chain if sub.products.trace.bends() else None
     return chain

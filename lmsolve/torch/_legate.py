@@ -14,7 +14,7 @@ differentiating, a clock) is agreed on first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ._bands import BandedTallSubproblem, BandedWideSubproblem
+from ._chain import Chain
 from ._cluster import Cluster
 from ._jacobian import Plan, Point
 from ._jobs import CostJob, CoupledSumsJob, Job, KernelJob, RowsJob, SumsJob
@@ -31,30 +32,38 @@ from ._problem import COARSE, Evaluation, NetworkProblem, Settings, accumulator
 from ._shards import Placed, checksum
 from ._subproblems import (
     AHEAD,
+    Curved,
+    CurvedSubproblem,
     Linearised,
     Products,
     TallSubproblem,
     WideSubproblem,
     factorized,
     second_derivative,
-    solved,
 )
 from ._vector_jobs import BendJob, CurvatureJob, ProductJob, SlopeJob, TransposedJob
 from ._vectors import Stored, combined
 
-#: J'r_pp (n,) of a step p, from J'J p if that is known.
-Curved = Callable[[Tensor, Tensor | None], Tensor]
-
 
 class LegateProblem(NetworkProblem):
-    """`NetworkProblem` with its rows on Legate's processors."""
+    """`NetworkProblem` with its rows on Legate's processors.
+
+    With a ``chain`` its second derivatives are exact.
+    """
 
     def __init__(
-        self, network: Network, batch: Batch, plan: Plan, settings: Settings, cluster: Cluster
+        self,
+        network: Network,
+        batch: Batch,
+        plan: Plan,
+        settings: Settings,
+        cluster: Cluster,
+        chain: Chain | None = None,
     ) -> None:
         super().__init__(network, batch, plan, settings)
         self.cluster = cluster
         self.placed = Placed(network, batch, cluster.processors, cluster.traffic)
+        self.placed.chain = chain
         if cluster.ranks > 1:
             tensors = pytree.tree_leaves((batch.inputs, batch.targets, batch.weights))
             arrays = [a.cpu().numpy() for a in tensors if isinstance(a, Tensor)]
@@ -109,7 +118,9 @@ class LegateProblem(NetworkProblem):
             r = self._rows(self._point(x)).to(x.dtype)
             return TallSubproblem(gram, grad, x, r, self._products(x), decay, self._slope(x, r))
         curved = self._curved(x) if self._accelerated else None
-        return ShardedTallSubproblem(gram, grad, x, self._products(x), decay, curved)
+        return ShardedTallSubproblem(
+            gram, grad, x, x.new_empty(0), self._products(x), decay, curved
+        )
 
     def _dual(self, x: Any, passes: Any) -> Any:
         if self.plan.coupled:
@@ -140,7 +151,7 @@ class LegateProblem(NetworkProblem):
         """How J'r_pp (n,) of a step is found."""
 
         def curved(p: Tensor, known: Tensor | None) -> Tensor:
-            if known is None:
+            if known is None or self.placed.chain is not None:
                 return self._retry(lambda: self.added(CurvatureJob, x, p))
             slope = self._retry(lambda: self.added(SlopeJob, x, p))
             return second_derivative(slope.to(known), known)
@@ -221,7 +232,7 @@ class StoredProducts:
 
     def curved(self, p: Stored, known: Stored | None) -> Stored:
         """J'r_pp (n,) of a step, from J'J p if that is known."""
-        if known is None:
+        if known is None or self._problem.placed.chain is not None:
             return self._added(CurvatureJob, p, (0.0, p))
         return self._added(SlopeJob, p, (-2 / AHEAD, known), 2 / AHEAD)
 
@@ -251,23 +262,8 @@ class StoredProducts:
         return out, float(numbers.sum())
 
 
-class ShardedTallSubproblem(TallSubproblem):
-    """Normal equations whose geodesic acceleration is added up in the shards too.
-
-    Legate factors a large matrix where that pays.
-    """
-
-    def __init__(
-        self,
-        gram: Tensor,
-        grad: Tensor,
-        x: Tensor,
-        products: Products,
-        decay: float,
-        curved: Curved | None,
-    ) -> None:
-        super().__init__(gram, grad, x, x.new_empty(0), products, decay, None)
-        self._curved = curved
+class ShardedTallSubproblem(CurvedSubproblem):
+    """Normal equations whose matrix Legate factors where that pays."""
 
     def _factored(self, damping: float) -> Tensor:
         from lmsolve.legate import _cholesky
@@ -279,11 +275,3 @@ class ShardedTallSubproblem(TallSubproblem):
             if made.reproduces(A.cpu().numpy()):
                 return torch.from_numpy(made.factor).to(self.gram.device)
         return factorized(self.gram, damping)
-
-    def acceleration(self, p: Tensor) -> Tensor | None:
-        """Geodesic acceleration (n,) of the last step."""
-        if self._curved is None:
-            return None
-        assert self._factor is not None
-        known = None if self._rounding_shows else self._curvature(p)
-        return -0.5 * solved(self._factor, self._curved(p, known).to(p.dtype))

@@ -194,14 +194,16 @@ class Session:
         return value if self.cluster is None else self.cluster.agreed(value)[0]
 
     def _problem(self, batch: Batch, plan: Plan, settings: Settings) -> NetworkProblem:
+        chain = self._chain_of(batch, plan, settings)
         if self.cluster is None:
-            chain = self._chain_of(batch, plan, settings)
             if chain is not None:
                 return ChainProblem(self.network, batch, plan, settings, chain)
             return NetworkProblem(self.network, batch, plan, settings)
+        if self.network.parameters.dtype != torch.float32:
+            chain = None  # differences serve, and were better
         if self.options.linalg == "legate":
-            return LegateProblem(self.network, batch, plan, settings, self.cluster)
-        return SplitProblem(self.network, batch, plan, settings, self.cluster, self.devices)
+            return LegateProblem(self.network, batch, plan, settings, self.cluster, chain)
+        return SplitProblem(self.network, batch, plan, settings, self.cluster, self.devices, chain)
 
     def _chain_of(self, batch: Batch, plan: Plan, settings: Settings) -> Chain | None:
         """The network's chain, where the normal equations can be made from one."""
@@ -210,7 +212,8 @@ class Session:
             return None
         if not self._chain_sought:
             self._chain_sought = True
-            self._chain = verified(self.network, batch, settings, self.x, plan.k)
+            found = verified(self.network, batch, settings, self.x, plan.k)
+            self._chain = found if self.agreed(found is not None) else None
         dtype = self.network.parameters.dtype
         if self._chain is None or not ChainProblem.suits(
             self._chain, batch, dtype, self.memory // 4

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ._chain import Chain
 from ._factors import Pending
 from ._network import Batch, Network
 from ._subproblems import Products
@@ -39,6 +40,7 @@ class Placed:
         self.tile = -(-batch.size // processors)
         self.shards = -(-batch.size // self.tile)
         self.checksum = 0.0  # of the batch, where several ranks hold one
+        self.chain: Chain | None = None  # the network's, where second derivatives come from it
         self._thread = threading.local()
         self._lock = threading.Lock()
         self._data: dict[tuple[int, torch.device], Batch] = {}

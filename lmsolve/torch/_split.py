@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from . import _jacobian
+from ._chain import Chain
+from ._chain_problem import ChainProblem
 from ._cluster import Cluster
 from ._jacobian import Plan, Point
 from ._network import Batch, Network
@@ -24,7 +26,7 @@ from ._params import quiet_transforms
 from ._problem import COARSE, HELD, Evaluation, NetworkProblem, Settings
 from ._products import HeldProducts
 from ._shards import copied, device_of, moved, stream_of, view_of
-from ._subproblems import Linearised, Products, TallSubproblem
+from ._subproblems import CurvedSubproblem, Linearised, Products, TallSubproblem
 from ._sums import NormalSums
 
 if TYPE_CHECKING:
@@ -74,7 +76,10 @@ class AddJob:
 
 
 class SplitProblem(NetworkProblem):
-    """`NetworkProblem` with rows from several devices and sums on Legate's processors."""
+    """`NetworkProblem` with rows from several devices and sums on Legate's processors.
+
+    With a ``chain`` its second derivatives are exact.
+    """
 
     def __init__(
         self,
@@ -84,8 +89,10 @@ class SplitProblem(NetworkProblem):
         settings: Settings,
         cluster: Cluster,
         devices: Sequence[torch.device],
+        chain: Chain | None = None,
     ) -> None:
         super().__init__(network, batch, plan, settings)
+        self.chain = chain
         self.cluster = cluster
         self.devices = devices
         own = network.parameters.device
@@ -127,7 +134,11 @@ class SplitProblem(NetworkProblem):
                 self.cluster.traffic["jacobian"] += products.J.nbytes
         gram, grad = sums[: n * n].view(n, n), sums[n * n :]
         slope = self._slope(x, whole)
-        return TallSubproblem(gram, grad, x, whole, products, self.settings.decay, slope)
+        rest = gram, grad, x, whole, products, self.settings.decay
+        if slope is not None and self.chain is not None:
+            bent = ChainProblem(self.network, self.batch, self.plan, self.settings, self.chain)
+            return CurvedSubproblem(*rest, lambda p, known: bent.curvature(self._point(x), p))
+        return TallSubproblem(*rest, slope)
 
     def _slices(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Rows on the host, in order; as many slices under way as there are devices."""

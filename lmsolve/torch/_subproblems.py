@@ -34,6 +34,8 @@ AHEAD = 0.1
 FAITHFUL = 1e5
 #: Slope of the residuals along a step p: (r(x + h p) - r) / h (m,) from p.
 Slope = Callable[[Tensor], Tensor]
+#: J'r_pp (n,) of a step p, from J'J p if that is known.
+Curved = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class Linearised:
@@ -117,6 +119,31 @@ class TallSubproblem(Linearised):
         else:
             right = second_derivative(J.transposed(slope).to(p.dtype), self._curvature(p))
         return -0.5 * solved(self._factor, right)
+
+
+class CurvedSubproblem(TallSubproblem):
+    """Normal equations that are told J'r_pp of a step, which is added up elsewhere, or exact."""
+
+    def __init__(
+        self,
+        gram: Tensor,
+        grad: Tensor,
+        x: Tensor,
+        r: Tensor,
+        products: Products,
+        decay: float,
+        curved: Curved | None,
+    ) -> None:
+        super().__init__(gram, grad, x, r, products, decay, None)
+        self._curved = curved
+
+    def acceleration(self, p: Tensor) -> Tensor | None:
+        """Geodesic acceleration (n,) of the last step."""
+        if self._curved is None:
+            return None
+        assert self._factor is not None
+        known = None if self._rounding_shows else self._curvature(p)
+        return -0.5 * solved(self._factor, self._curved(p, known).to(p.dtype))
 
 
 class WideSubproblem(Linearised):

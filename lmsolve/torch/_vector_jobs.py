@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ._chain_problem import ChainProblem
 from ._jacobian import Plan
 from ._jobs import Here, Job
 from ._params import flat
@@ -52,9 +53,15 @@ class CurvatureJob(VectorJob):
     """
 
     def compute(self, here: Here, shard: Shard) -> float:
-        """Second difference of the residuals along p."""
+        """Second difference of the residuals along p, or the derivative of a chain."""
         out = self.zeros(shard)
         x, p = here.x, self.v(shard, out)
+        if self.placed.chain is not None:
+            problem = ChainProblem(
+                here.network, here.batch, self.plan, self.settings, self.placed.chain
+            )
+            out += problem.curvature(here.point, p)
+            return 0.0
         ahead = replace(here.point, tensors=here.network.parameters.unpack(x + AHEAD * p))
         for block, products, r in self.linear(here):
             Jp = products.product(p).to(x.dtype)
