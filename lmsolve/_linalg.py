@@ -103,12 +103,13 @@ class Halves:
 
     def product(self, p: np.ndarray) -> np.ndarray:
         """``A p`` (n,)."""
-        diagonal = np.einsum("ii->i", self._array)  # a view
-        factor = diagonal.copy()
-        diagonal[...] = self._diagonal
-        symv = blas.ssymv if p.dtype == np.float32 else blas.dsymv
-        product: np.ndarray = symv(1.0, self._array.T, p)
-        diagonal[...] = factor
+        A, n = self._array, p.shape[0]
+        product: np.ndarray = self._diagonal * p
+        for i in range(0, n, MIRRORED):
+            j = min(i + MIRRORED, n)
+            left, below = A[i:j, :i], np.tril(A[i:j, i:j], -1)
+            product[i:j] += left @ p[:i] + below @ p[i:j] + below.T @ p[i:j]
+            product[:i] += left.T @ p[i:j]
         return product
 
     def matrix(self) -> np.ndarray:
