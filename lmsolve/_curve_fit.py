@@ -17,13 +17,14 @@ from scipy.optimize import OptimizeWarning
 from . import _validate
 from ._curve_data import data, start_at, whitening
 from ._fit import UNBOUNDED, Fit, Options
+from ._functions import ModelResidual
 from ._least_squares import least_squares
 from ._leastsq import info, translated
 from ._result import LeastSquaresResult
 from ._state import LMState
 from ._subproblem import NormalEquations
 from ._tiny import Linearisation
-from ._xp import FLOAT, Array, to_numpy
+from ._xp import Array, to_numpy
 
 #: Smallest squared pivot of the scaled normal matrix that `_well_conditioned` takes.
 QUICK = 1e-5
@@ -177,7 +178,7 @@ def curve_fit(
     _check_inside(start, bounds, n)
     xdata, ydata, sigma = data(xdata, ydata, sigma, check_finite, nan_policy)
     whiten = whitening(sigma, ydata)
-    residual = _Residual(f, xdata, ydata, whiten)
+    residual = ModelResidual(f, xdata, ydata, whiten)
     derivative = partial(_jacobian, jac, xdata, whiten) if callable(jac) else (jac or "2-point")
     if kwargs or type(start) is not np.ndarray:
         result = least_squares(
@@ -205,60 +206,6 @@ def _complete(result: LeastSquaresResult, absolute_sigma: bool, full_output: boo
     if full_output:
         values = (*values, info(result), result.message, result.status)
     return CurveFit(values, result)
-
-
-class _Residual:
-    """``whiten(f(xdata, *parameters) - ydata)``; can be pickled where f can."""
-
-    words = ("f", "p0")  # the arguments that errors are about
-
-    def __init__(self, f: Any, xdata: Any, ydata: Array, whiten: Any) -> None:
-        self.f, self.xdata, self.ydata, self.whiten = f, xdata, ydata, whiten
-
-    def __call__(self, p: Array) -> Array:
-        """Residuals (m,)."""
-        values = self.f(self.xdata, *p)
-        try:
-            r = values - self.ydata
-        except (TypeError, ValueError) as error:
-            if values is None:
-                raise TypeError(
-                    "`f` must return an array of the shape of `ydata`, got None."
-                ) from None
-            if isinstance(error, TypeError):
-                raise
-            raise self._other_shape(values) from error
-        if r.ndim > 1:  # (m,) against (m, 1), say: broadcast to (m, m)
-            raise self._other_shape(values)
-        return r if self.whiten is None else self.whiten(r)
-
-    def differences(
-        self, x: np.ndarray, steps: Sequence[float], r: np.ndarray, rows: np.ndarray
-    ) -> bool:
-        """Rows (n, m) of J' by one-sided differences of the model; False if it is unusual."""
-        if self.whiten is not None:
-            return False
-        f, xdata, p = self.f, self.xdata, list(x)
-        here = r + self.ydata  # f at x: to a rounding error, none where f is near the data
-        shape = r.shape
-        for j, h in enumerate(steps):
-            own = p[j]
-            p[j] = own + h
-            values = f(xdata, *p)
-            p[j] = own
-            if type(values) is not np.ndarray or values.dtype is not FLOAT or values.shape != shape:
-                return False
-            np.subtract(values, here, rows[j])
-        rows /= np.array(steps)[:, None]
-        return True
-
-    def _other_shape(self, values: Any) -> ValueError:
-        expected, got = tuple(self.ydata.shape), np.shape(values)
-        if got == expected:
-            return ValueError(f"`ydata` must have 1 dimension, got shape {expected}.")
-        return ValueError(
-            f"`f` must return an array of the shape of `ydata`, {expected}, got {got}."
-        )
 
 
 def _jacobian(jac: Any, xdata: Any, whiten: Any, p: Array) -> Array:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any
 
 import numpy as np
 
-from ._xp import Array, array_namespace, is_cupynumeric, is_numpy
+from ._xp import FLOAT, Array, array_namespace, is_cupynumeric, is_numpy
 
 
 class UserFunction:
@@ -143,6 +143,60 @@ class ResidualAndJacobian:
 def _is_at(trial: Array, x: Array) -> bool:
     """Whether x is the point of a trial: itself, or what the host has read of it from Legate."""
     return trial is x or getattr(trial, "host", None) is x
+
+
+class ModelResidual:
+    """``whiten(f(xdata, *parameters) - ydata)``; can be pickled where f can."""
+
+    words = ("f", "p0")  # the arguments that errors are about
+
+    def __init__(self, f: Any, xdata: Any, ydata: Array, whiten: Any) -> None:
+        self.f, self.xdata, self.ydata, self.whiten = f, xdata, ydata, whiten
+
+    def __call__(self, p: Array) -> Array:
+        """Residuals (m,)."""
+        values = self.f(self.xdata, *p)
+        try:
+            r = values - self.ydata
+        except (TypeError, ValueError) as error:
+            if values is None:
+                raise TypeError(
+                    "`f` must return an array of the shape of `ydata`, got None."
+                ) from None
+            if isinstance(error, TypeError):
+                raise
+            raise self._other_shape(values) from error
+        if r.ndim > 1:  # (m,) against (m, 1), say: broadcast to (m, m)
+            raise self._other_shape(values)
+        return r if self.whiten is None else self.whiten(r)
+
+    def differences(
+        self, x: np.ndarray, steps: Sequence[float], r: np.ndarray, rows: np.ndarray
+    ) -> bool:
+        """Rows (n, m) of J' by one-sided differences of the model; False if it is unusual."""
+        if self.whiten is not None:
+            return False
+        f, xdata, p = self.f, self.xdata, list(x)
+        here = r + self.ydata  # f at x: to a rounding error, none where f is near the data
+        shape = r.shape
+        for j, h in enumerate(steps):
+            own = p[j]
+            p[j] = own + h
+            values = f(xdata, *p)
+            p[j] = own
+            if type(values) is not np.ndarray or values.dtype is not FLOAT or values.shape != shape:
+                return False
+            np.subtract(values, here, rows[j])
+        rows /= np.array(steps)[:, None]
+        return True
+
+    def _other_shape(self, values: Any) -> ValueError:
+        expected, got = tuple(self.ydata.shape), np.shape(values)
+        if got == expected:
+            return ValueError(f"`ydata` must have 1 dimension, got shape {expected}.")
+        return ValueError(
+            f"`f` must return an array of the shape of `ydata`, {expected}, got {got}."
+        )
 
 
 def is_dense(J: Any) -> bool:

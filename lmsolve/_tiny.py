@@ -20,7 +20,7 @@ from scipy.linalg.blas import ddot
 from scipy.linalg.lapack import dposv, dpotrs
 
 from ._damping import ACCEPT, POOR, Damping, interpolated, updated
-from ._functions import UserFunction
+from ._functions import ModelResidual, UserFunction
 from ._history import Iteration, settled_reach
 from ._lm import (
     DIFFERENCE_ERROR,
@@ -255,7 +255,8 @@ class Descent:
         self.by_model: Any = None
         if isinstance(fun, UserFunction):
             self.function, self.checked = fun.bare(), fun.residuals
-            self.by_model = getattr(fun.function, "differences", None)
+            if isinstance(fun.function, ModelResidual):
+                self.by_model = fun.function.differences
         self.shape = self.r.shape
         diff = problem.differences
         self.shortest = diff.shortest() if diff is not None and diff.is_plain() else None

@@ -164,3 +164,14 @@ def test_a_nan_beside_a_column_of_zeros_is_left_to_the_general_solver():
     J = np.array([[np.nan, 0.0], [1.0, 0.0], [2.0, 0.0]])
     assert not Linearisation(J, np.ones(3), None, np.ones(2)).sound
     assert not Linearisation(np.zeros((3, 2)), np.ones(3), [1.0, 1.0], np.ones(2)).sound
+
+
+def test_an_attribute_of_the_users_function_is_the_users():
+    class Line:
+        differences = "those of the user"
+
+        def __call__(self, x):
+            return x[0] + x[1] * np.arange(5.0) - np.array([1.0, 3.0, 5.0, 7.0, 9.5])
+
+    line = Line()
+    np.testing.assert_allclose(least_squares(line, [0.5, 0.5]).x, [0.9, 2.1], atol=1e-7)
