@@ -12,7 +12,7 @@ import numpy as np
 from scipy.optimize import OptimizeResult
 
 from . import _bounds, _complex, _history, _hooks, _numdiff, _validate
-from ._functions import ResidualAndJacobian, UserFunction
+from ._functions import ResidualAndJacobian, UserFunction, Wrapped
 from ._lm import DIFFERENCE_ERROR, LevenbergMarquardt, difference_share
 from ._numdiff import Differences
 from ._problem import Problem, StreamedProblem
@@ -73,7 +73,7 @@ class Fit:
         self.names = names
         self.options = options
         self.fun, self.fixed = fun, fixed
-        self.words = getattr(fun, "words", ("fun", "x0"))
+        self.words = fun.words if isinstance(fun, Wrapped) else Wrapped.words
         self.complex_x = is_complex(x)
         self.complex_r = False
         if names is not None and len(names) != x.shape[0]:

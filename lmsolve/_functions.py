@@ -11,6 +11,13 @@ import numpy as np
 from ._xp import FLOAT, Array, array_namespace, is_cupynumeric, is_numpy
 
 
+class Wrapped:
+    """A function of the caller in one of ours: attributes of his own say nothing to us."""
+
+    words = ("fun", "x0")  # the arguments that errors are about
+    stays: bool = False  # whether it may return cuPyNumeric arrays
+
+
 class UserFunction:
     """A user's function with its extra arguments, returning arrays of one kind.
 
@@ -18,7 +25,7 @@ class UserFunction:
     """
 
     def __init__(
-        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], name: str
+        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str
     ) -> None:
         self.function, self.args, self.kwargs, self.name = function, args, kwargs, name
         self.dtype: Any = None
@@ -57,7 +64,8 @@ class UserFunction:
             raise TypeError(f"`{self.name}` must return an array of residuals, got None.")
         xp = array_namespace(x)
         if is_numpy(xp):
-            if not (is_cupynumeric(r) and hasattr(self.function, "stays")):
+            stays = isinstance(self.function, Wrapped) and self.function.stays
+            if not (stays and is_cupynumeric(r)):
                 r = _numpy_residuals(r, self.name)
             if self.dtype is not None and r.dtype != self.dtype and r.dtype.kind != "c":
                 r = r.astype(self.dtype)
@@ -145,10 +153,10 @@ def _is_at(trial: Array, x: Array) -> bool:
     return trial is x or getattr(trial, "host", None) is x
 
 
-class ModelResidual:
+class ModelResidual(Wrapped):
     """``whiten(f(xdata, *parameters) - ydata)``; can be pickled where f can."""
 
-    words = ("f", "p0")  # the arguments that errors are about
+    words = ("f", "p0")
 
     def __init__(self, f: Any, xdata: Any, ydata: Array, whiten: Any) -> None:
         self.f, self.xdata, self.ydata, self.whiten = f, xdata, ydata, whiten

@@ -168,10 +168,12 @@ def test_a_nan_beside_a_column_of_zeros_is_left_to_the_general_solver():
 
 def test_an_attribute_of_the_users_function_is_the_users():
     class Line:
-        differences = "those of the user"
+        differences = words = stays = "those of the user"
 
-        def __call__(self, x):
-            return x[0] + x[1] * np.arange(5.0) - np.array([1.0, 3.0, 5.0, 7.0, 9.5])
+        def __call__(self, x, offset=0.0):
+            return offset + x[0] + x[1] * np.arange(5.0) - np.array([1.0, 3.0, 5.0, 7.0, 9.5])
 
     line = Line()
     np.testing.assert_allclose(least_squares(line, [0.5, 0.5]).x, [0.9, 2.1], atol=1e-7)
+    with pytest.raises(ValueError, match="`fun` must return finite residuals at `x0`"):
+        least_squares(line, [np.finfo(float).max, 0.0], args=(np.inf,))

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from lmsolve._functions import Wrapped
 from lmsolve._sums import LOCAL, LocalSums
 from lmsolve._xp import is_cupynumeric, to_numpy
 
@@ -56,7 +57,7 @@ def _never(m: int, n: int) -> bool:
     return False
 
 
-class Called:
+class Called(Wrapped):
     """A user's function at NumPy parameters (n,): it sees a cuPyNumeric array.
 
     Of what it returns arrays of as many rows as pay stay in Legate's memory.
@@ -64,9 +65,9 @@ class Called:
 
     stays = True
 
-    def __init__(self, function: Callable[..., Any], pays: Callable[[int, int], bool]) -> None:
+    def __init__(self, function: Any, pays: Callable[[int, int], bool]) -> None:
         self._function, self._pays = function, pays
-        if hasattr(function, "words"):
+        if isinstance(function, Wrapped):
             self.words = function.words
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
