@@ -299,7 +299,7 @@ class Fit:
             print(message(state))
             print(
                 f"Function evaluations {state.nfev}, initial cost {first_cost:.4e}, final cost "
-                f"{state.cost:.4e}, first-order optimality {self.result(state).optimality:.2e}."
+                f"{state.cost:.4e}, first-order optimality {self._first_order(state)[0]:.2e}."
             )
         return state
 
@@ -371,18 +371,8 @@ class Fit:
         if not state.linearized:
             state = self.solver.linearize(self.problem, state)
         problem, sub, x = self.problem, state.point.subproblem, state.x
-        g = sub.grad
         r, J = state.point.residual, getattr(problem, "J", None)
-        host_g = to_numpy(g)
-        if self.box is None:
-            active = np.zeros(x.shape[0], dtype=int)
-            optimality = float(np.maximum.reduce(np.abs(host_g)))
-            held = np.zeros(x.shape[0], dtype=bool)
-        else:
-            host_x, host_g = to_numpy(x).astype(float), host_g.astype(float)
-            active = _bounds.active_mask(host_x, self.lb, self.ub)
-            optimality = _bounds.optimality(host_x, host_g, self.lb, self.ub)
-            held = np.asarray(to_numpy(state.point.d) == 0)
+        optimality, active, held = self._first_order(state)
         is_array_r = hasattr(r, "shape")
         fun = r if is_array_r else None
         status = state.status if state.status is not None else 0
@@ -391,7 +381,7 @@ class Fit:
             cost=state.cost,
             fun=fun,
             jac=J,
-            grad=g,
+            grad=sub.grad,
             optimality=optimality,
             active_mask=active,
             nfev=state.nfev,
@@ -423,6 +413,17 @@ class Fit:
         if self.complex_x or self.complex_r:
             self._to_complex(result)
         return result
+
+    def _first_order(self, state: LMState) -> tuple[float, np.ndarray, np.ndarray]:
+        """Optimality, active mask (n,) and mask (n,) of held parameters at a linearised state."""
+        g, n = to_numpy(state.point.subproblem.grad), state.x.shape[0]
+        if self.box is None:
+            none = np.zeros(n, dtype=int)
+            return float(np.maximum.reduce(np.abs(g))), none, none.astype(bool)
+        x, g = to_numpy(state.x).astype(float), g.astype(float)
+        active = _bounds.active_mask(x, self.lb, self.ub)
+        optimality = _bounds.optimality(x, g, self.lb, self.ub)
+        return optimality, active, np.asarray(to_numpy(state.point.d) == 0)
 
     def _to_complex(self, result: LeastSquaresResult) -> None:
         """x, fun, jac and grad of a result put back into complex form."""

@@ -438,6 +438,7 @@ def test_verbose(capsys, verbose):
     assert lines[-2] == result.message
     assert lines[-1].startswith(f"Function evaluations {result.nfev}, initial cost")
     assert f"{result.cost:.4e}" in lines[-1]
+    assert lines[-1].endswith(f"optimality {result.optimality:.2e}.")
     table = lines[:-2]
     assert len(table) == (0 if verbose == 1 else 1 + len(result.history))
     if verbose == 2:
