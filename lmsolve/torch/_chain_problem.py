@@ -23,7 +23,7 @@ from ._losses import Judged
 from ._network import Batch, Network
 from ._params import Parameters
 from ._problem import Evaluation, NetworkProblem, Settings, accumulator
-from ._subproblems import CurvedSubproblem, TallSubproblem
+from ._subproblems import Curved, Products, TallSubproblem
 from ._sums import FEWEST_SYRK, ChunkSums, NormalSums
 
 # Elements of a cache line: rows that begin with one are written a quarter faster.
@@ -183,16 +183,25 @@ class ChainProblem(NetworkProblem):
         if passes.memory is self._spare:
             self._held, self._spare = self._spare, self._held
         r = passes.judged.rows.detach().reshape(-1).to(x.dtype)
-        slope = self._slope(x, r)
-        # In float32 a difference of two residuals has lost most of their second derivative.
-        exact = slope is not None and self.network.parameters.dtype == torch.float32
-        products = ChainProducts(self, passes, passes.slopes(exact))
+        products = ChainProducts(self, passes, passes.slopes(self.bends_exactly))
         sums = self._sums(damping)
         products.add_rows(sums)
-        rest = sums.gram, sums.grad, x, r, products, self.settings.decay
-        if exact:
-            return CurvedSubproblem(*rest, lambda p, known: products.curvature(p))
-        return TallSubproblem(*rest, slope)
+        curved = self._curved(x, r, products)
+        return TallSubproblem(sums.gram, sums.grad, x, r, products, self.settings.decay, curved)
+
+    @property
+    def bends_exactly(self) -> bool:
+        """Whether steps are bent by exact second derivatives.
+
+        In float32 a difference of two residuals has lost most of theirs.
+        """
+        return self._accelerated and self.network.parameters.dtype == torch.float32
+
+    def _curved(self, x: Tensor, r: Tensor, products: Products) -> Curved | None:
+        if self.bends_exactly:
+            assert isinstance(products, ChainProducts)
+            return lambda p, known: products.curvature(p)
+        return super()._curved(x, r, products)
 
     def curvature(self, point: Point, p: Tensor) -> Tensor:
         """J'r_pp (n,) at any point, exactly."""
@@ -363,7 +372,5 @@ def verified(network: Network, batch: Batch, settings: Settings, x: Tensor, k: i
     sub = problem._normal(x, None)
     if not (is_close(sub.r.to(r.dtype), r) and is_close(sub.products.transposed(z), exact)):
         return None
-    if isinstance(sub, CurvedSubproblem):
-        assert isinstance(sub.products, ChainProducts)
-        return chain if sub.products.trace.bends() else None
-    return chain
+    assert isinstance(sub.products, ChainProducts)
+    return None if problem.bends_exactly and not sub.products.trace.bends() else chain

@@ -33,7 +33,6 @@ from ._shards import Placed, checksum
 from ._subproblems import (
     AHEAD,
     Curved,
-    CurvedSubproblem,
     Linearised,
     Products,
     TallSubproblem,
@@ -86,10 +85,6 @@ class LegateProblem(NetworkProblem):
         usable = form != "products" and not self.plan.coupled
         return usable and self.cluster.distributes(size)
 
-    @property
-    def _accelerated(self) -> bool:
-        return self.settings.acceleration and self.network.objective.exact
-
     def _evaluate(self, x: Any) -> Evaluation:
         if self.plan.coupled:
             return super()._evaluate(x)
@@ -114,13 +109,11 @@ class LegateProblem(NetworkProblem):
             )
         sums = cluster.total(table, "matrix").to(x.device)
         gram, grad = sums[: n * n].view(n, n), sums[n * n :]
+        form: type[TallSubproblem] = ShardedTallSubproblem
+        r, products = x.new_empty(0), self._products(x)
         if self.plan.coupled:
-            r = self._rows(self._point(x)).to(x.dtype)
-            return TallSubproblem(gram, grad, x, r, self._products(x), decay, self._slope(x, r))
-        curved = self._curved(x) if self._accelerated else None
-        return ShardedTallSubproblem(
-            gram, grad, x, x.new_empty(0), self._products(x), decay, curved
-        )
+            form, r = TallSubproblem, self._rows(self._point(x)).to(x.dtype)
+        return form(gram, grad, x, r, products, decay, self._curved(x, r, products))
 
     def _dual(self, x: Any, passes: Any) -> Any:
         if self.plan.coupled:
@@ -147,8 +140,9 @@ class LegateProblem(NetworkProblem):
         x = torch.cat([t.reshape(-1) for t in point.tensors.values()])
         return self.written(RowsJob, x)
 
-    def _curved(self, x: Tensor) -> Curved:
-        """How J'r_pp (n,) of a step is found."""
+    def _curved(self, x: Tensor, r: Tensor, products: Products) -> Curved | None:
+        if self.plan.coupled or not self._accelerated:
+            return super()._curved(x, r, products)
 
         def curved(p: Tensor, known: Tensor | None) -> Tensor:
             if known is None or self.placed.chain is not None:
@@ -262,7 +256,7 @@ class StoredProducts:
         return out, float(numbers.sum())
 
 
-class ShardedTallSubproblem(CurvedSubproblem):
+class ShardedTallSubproblem(TallSubproblem):
     """Normal equations whose matrix Legate factors where that pays."""
 
     def _factored(self, damping: float) -> Tensor:

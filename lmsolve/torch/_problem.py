@@ -22,12 +22,14 @@ from ._params import Parameters
 from ._products import FactorProducts, GraphProducts, HeldProducts
 from ._subproblems import (
     AHEAD,
+    Curved,
     Linearised,
     MatrixFreeSubproblem,
     Products,
     Slope,
     TallSubproblem,
     WideSubproblem,
+    by_slopes,
 )
 from ._sums import DualKernel, NormalSums
 
@@ -257,7 +259,8 @@ class NetworkProblem:
             products = FactorProducts(done, network.parameters.offsets)
         else:
             products = GraphProducts(network, self.batch, point, self._evaluation_samples())
-        return TallSubproblem(sums.gram, sums.grad, x, r, products, decay, self._slope(x, r))
+        curved = self._curved(x, r, products)
+        return TallSubproblem(sums.gram, sums.grad, x, r, products, decay, curved)
 
     def _dual(self, x: Tensor, passes: list[_factors.Pending] | None) -> WideSubproblem:
         network, point, decay = self.network, self._point(x), self.settings.decay
@@ -305,13 +308,22 @@ class NetworkProblem:
         """J at x as an operator that holds nothing."""
         return GraphProducts(self.network, self.batch, self._point(x), self._evaluation_samples())
 
-    def _slope(self, x: Tensor, r: Tensor) -> Slope | None:
-        """Slope of the residuals along a step, over a share of it; None for losses.
+    @property
+    def _accelerated(self) -> bool:
+        """Whether steps are bent.
 
         The rows of a loss are linear in the outputs by construction: they have no second
         derivative to speak of.
         """
-        if not (self.settings.acceleration and self.network.objective.exact):
+        return self.settings.acceleration and self.network.objective.exact
+
+    def _curved(self, x: Tensor, r: Tensor, products: Products) -> Curved | None:
+        """How J'r_pp (n,) of a step is found, if steps are bent."""
+        return by_slopes(self._slope(x, r), products)
+
+    def _slope(self, x: Tensor, r: Tensor) -> Slope | None:
+        """Slope of the residuals along a step, over a share of it, if steps are bent."""
+        if not self._accelerated:
             return None
 
         def slope(p: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from ._params import quiet_transforms
 from ._problem import COARSE, HELD, Evaluation, NetworkProblem, Settings
 from ._products import HeldProducts
 from ._shards import copied, device_of, moved, stream_of, view_of
-from ._subproblems import CurvedSubproblem, Linearised, Products, TallSubproblem
+from ._subproblems import Curved, Linearised, Products, TallSubproblem
 from ._sums import NormalSums
 
 if TYPE_CHECKING:
@@ -133,12 +133,14 @@ class SplitProblem(NetworkProblem):
             if x.device.type != "cpu":
                 self.cluster.traffic["jacobian"] += products.J.nbytes
         gram, grad = sums[: n * n].view(n, n), sums[n * n :]
-        slope = self._slope(x, whole)
-        rest = gram, grad, x, whole, products, self.settings.decay
-        if slope is not None and self.chain is not None:
-            bent = ChainProblem(self.network, self.batch, self.plan, self.settings, self.chain)
-            return CurvedSubproblem(*rest, lambda p, known: bent.curvature(self._point(x), p))
-        return TallSubproblem(*rest, slope)
+        curved = self._curved(x, whole, products)
+        return TallSubproblem(gram, grad, x, whole, products, self.settings.decay, curved)
+
+    def _curved(self, x: Tensor, r: Tensor, products: Products) -> Curved | None:
+        if self.chain is None or not self._accelerated:
+            return super()._curved(x, r, products)
+        problem = ChainProblem(self.network, self.batch, self.plan, self.settings, self.chain)
+        return lambda p, known: problem.curvature(self._point(x), p)
 
     def _slices(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Rows on the host, in order; as many slices under way as there are devices."""

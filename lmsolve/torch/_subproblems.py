@@ -39,16 +39,13 @@ Curved = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class Linearised:
-    """What the three forms share; `slope` is None where there is no acceleration."""
+    """What the three forms share."""
 
     grad: Tensor
     size: float
 
-    def __init__(
-        self, x: Tensor, r: Tensor, products: Products, decay: float, slope: Slope | None
-    ) -> None:
-        self.x, self.r, self.products = x, r, products
-        self.decay, self.slope = decay, slope
+    def __init__(self, x: Tensor, r: Tensor, products: Products, decay: float) -> None:
+        self.x, self.r, self.products, self.decay = x, r, products, decay
 
     def steepest(self) -> float:
         """Largest magnitude of the gradient's components."""
@@ -69,7 +66,7 @@ class Linearised:
 
 
 class TallSubproblem(Linearised):
-    """Normal equations from the sums J'J and J'r, penalty included."""
+    """Normal equations from the sums J'J and J'r; without `curved` steps are not bent."""
 
     def __init__(
         self,
@@ -79,15 +76,16 @@ class TallSubproblem(Linearised):
         r: Tensor,
         products: Products,
         decay: float,
-        slope: Slope | None,
+        curved: Curved | None,
     ) -> None:
-        super().__init__(x, r, products, decay, slope)
+        super().__init__(x, r, products, decay)
         self.gram = gram
         self.gram.diagonal().add_(decay)
         self.grad = grad.to(x.dtype) + decay * x
         self.size = float(self.gram.diagonal().mean())  # a host read: it scales the damping
         self._factor: Tensor | None = None
         self._rounding_shows = True
+        self._curved = curved
 
     def solve(self, damping: float) -> Tensor:
         """Step p (n,)."""
@@ -110,35 +108,6 @@ class TallSubproblem(Linearised):
 
     def acceleration(self, p: Tensor) -> Tensor | None:
         """Geodesic acceleration (n,) of the last step."""
-        if self.slope is None:
-            return None
-        assert self._factor is not None
-        slope, J = self.slope(p), self.products
-        if self._rounding_shows:
-            right = J.transposed(second_derivative(slope, J.product(p).to(p.dtype))).to(p.dtype)
-        else:
-            right = second_derivative(J.transposed(slope).to(p.dtype), self._curvature(p))
-        return -0.5 * solved(self._factor, right)
-
-
-class CurvedSubproblem(TallSubproblem):
-    """Normal equations that are told J'r_pp of a step, which is added up elsewhere, or exact."""
-
-    def __init__(
-        self,
-        gram: Tensor,
-        grad: Tensor,
-        x: Tensor,
-        r: Tensor,
-        products: Products,
-        decay: float,
-        curved: Curved | None,
-    ) -> None:
-        super().__init__(gram, grad, x, r, products, decay, None)
-        self._curved = curved
-
-    def acceleration(self, p: Tensor) -> Tensor | None:
-        """Geodesic acceleration (n,) of the last step."""
         if self._curved is None:
             return None
         assert self._factor is not None
@@ -147,7 +116,10 @@ class CurvedSubproblem(TallSubproblem):
 
 
 class WideSubproblem(Linearised):
-    """Dual equations in the m residuals, from the lower triangle of the kernel J J'."""
+    """Dual equations in the m residuals, from the lower triangle of the kernel J J'.
+
+    Without `slope` steps are not bent.
+    """
 
     def __init__(
         self,
@@ -158,8 +130,8 @@ class WideSubproblem(Linearised):
         decay: float,
         slope: Slope | None,
     ) -> None:
-        super().__init__(x, r, products, decay, slope)
-        self.kernel = kernel
+        super().__init__(x, r, products, decay)
+        self.kernel, self.slope = kernel, slope
         self.grad = products.transposed(r).to(x.dtype) + decay * x
         self.size = self._trace() / x.numel() + decay
         self._factor: Any = None
@@ -212,7 +184,7 @@ class MatrixFreeSubproblem(Linearised):
     def __init__(
         self, squares: Tensor, x: Tensor, r: Tensor, products: Products, decay: float
     ) -> None:
-        super().__init__(x, r, products, decay, None)
+        super().__init__(x, r, products, decay)
         self.grad = products.transposed(r).to(x.dtype) + decay * x
         self.squares = squares
         self.size = float(squares.mean()) + decay  # a host read: it scales the damping
@@ -256,6 +228,20 @@ def second_derivative(ahead: Tensor, here: Tensor) -> Tensor:
     So with J' before all three.
     """
     return (2 / AHEAD) * (ahead - here)
+
+
+def by_slopes(slope: Slope | None, J: Products) -> Curved | None:
+    """J'r_pp of a step from the slope of the residuals along it, if that is to be had."""
+    if slope is None:
+        return None
+
+    def curved(p: Tensor, known: Tensor | None) -> Tensor:
+        ahead = slope(p)
+        if known is None:
+            return J.transposed(second_derivative(ahead, J.product(p).to(p.dtype)))
+        return second_derivative(J.transposed(ahead).to(p.dtype), known)
+
+    return curved
 
 
 def factorized(A: Tensor, shift: float) -> Tensor:
