@@ -13,9 +13,9 @@ import pytest
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402  (after the skip)
 
-from lmsolve.torch import _chain_problem, _jacobian  # noqa: E402
+from lmsolve.torch import _chain_problem, _factors, _jacobian  # noqa: E402
 from lmsolve.torch._chain import Chain  # noqa: E402
-from lmsolve.torch._chain_problem import ChainProblem, verified  # noqa: E402
+from lmsolve.torch._chain_problem import ChainProblem, ChainProducts, Memory, verified  # noqa: E402
 from lmsolve.torch._descent import Descent  # noqa: E402
 from lmsolve.torch._jacobian import Plan  # noqa: E402
 from lmsolve.torch._losses import from_loss, from_residual  # noqa: E402
@@ -267,6 +267,54 @@ def test_a_fit_takes_the_chain_where_the_normal_equations_fit() -> None:
     assert costs[-1] < 0.5 * costs[0]
     assert type(placed(10).problem) is NetworkProblem  # wider than the batch: the dual form
     assert type(placed(B, memory=20_000).problem) is NetworkProblem  # the activations do not fit
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (Memory, "__init__"),
+        (ChainProblem, "_evaluate"),
+        (ChainProducts, "add_rows"),
+        (ChainProblem, "_rows"),  # of the acceleration
+    ],
+)
+def test_a_chain_that_runs_out_of_memory_goes_the_general_way_in_halved_blocks(
+    owner: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, batch = setup(mlp(2, 5, 1))
+    run, sizes = _factors.run, set[int]()
+
+    def full(*arguments: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 1 byte")
+
+    def limited(network: Any, tensors: Any, batch: Any, *rest: Any) -> Any:
+        if batch.size > B // 4:
+            raise MemoryError
+        sizes.add(batch.size)
+        return run(network, tensors, batch, *rest)
+
+    def placed() -> Session:
+        """A session after some trials by a chain."""
+        session = Session(network.module, Options(loss="mse"), Descent())
+        session.place(batch, 0)
+        for _ in range(3):
+            session.trial()
+        assert type(session.problem) is ChainProblem
+        return session
+
+    whole, limit = placed(), placed()
+    expected = [whole.trial().cost for _ in range(6)]
+    assert type(whole.problem) is ChainProblem
+    monkeypatch.setattr(owner, name, full)
+    monkeypatch.setattr(_factors, "run", limited)
+    if owner is Memory:
+        limit.place(batch, 1)
+    costs = [limit.trial().cost for _ in range(6)]
+    assert costs == pytest.approx(expected, rel=1e-6) and costs[-1] < costs[0]
+    assert limit.cost_of(batch, limit.x) == pytest.approx(costs[-1])
+    assert type(limit.problem) is NetworkProblem
+    assert sizes and max(sizes) <= B // 4
+    assert all(plan.samples <= B // 4 for plan in limit.plans.values())
 
 
 def test_no_other_way_is_timed_for_a_chain(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,9 @@ Symbols: B samples in blocks of c chunks of b, k residuals of each; layers of i 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ from ._params import Parameters
 from ._problem import Evaluation, NetworkProblem, Settings, accumulator
 from ._subproblems import Curved, Products, TallSubproblem
 from ._sums import FEWEST_SYRK, ChunkSums, NormalSums
+
+T = TypeVar("T")
 
 # Elements of a cache line: rows that begin with one are written a quarter faster.
 _LINE = 8
@@ -155,6 +158,10 @@ class ChainProblem(NetworkProblem):
         self._spare.owner = trace
         cost = 0.5 * self.settings.decay * x.to(torch.float64).square().sum()
         return Evaluation(cost + trace.judged.cost.sum(), trace)
+
+    def _retry(self, compute: Callable[[], T]) -> T:
+        """Run: blocks are cut for the cache, and `Session` has another way if memory runs out."""
+        return compute()
 
     def _trace(self, point: Point, memory: Memory) -> Trace:
         """Outputs and residuals at a point."""

@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +23,15 @@ from ._chain import Chain
 from ._chain_problem import ChainProblem, verified
 from ._cluster import Cluster
 from ._descent import START, START_LOSS, Descent, FitState
-from ._jacobian import Plan, Point, choose
+from ._jacobian import Plan, Point, choose, is_out_of_memory
 from ._legate import LegateProblem
 from ._losses import Objective, ResidualFunction, from_loss, from_residual, sketched
 from ._network import Batch, Network
 from ._params import Parameters, fixed_random
 from ._problem import NetworkProblem, Settings, available_memory
 from ._split import SplitProblem
+
+T = TypeVar("T")
 
 #: Where rows are made and added up: in this process, or in Legate's tasks.
 LINALG = ("torch", "legate", "legate-split")
@@ -115,8 +118,12 @@ class Session:
             self._stochastic = is_stochastic(self.network, self._point(batch, None), batch)
         settings = self._settings(batch, self._mask_seed(number))
         plan = self._plan(batch, settings)
-        self.problem = self._problem(batch, plan, settings)
+        self._retry(lambda: self._look_at(batch, plan, settings))
         self._note_idle(batch)
+
+    def _look_at(self, batch: Batch, plan: Plan, settings: Settings) -> None:
+        """Take up a batch: its problem, and the state there."""
+        self.problem = self._problem(batch, plan, settings)
         x = self._own_point()
         if self.state is None:
             start = START if self.network.objective.exact else START_LOSS
@@ -153,7 +160,7 @@ class Session:
         """One trial on the current batch."""
         assert self.problem is not None and self.state is not None
         before = self.state.nit
-        self.state = self.solver.step(self.problem, self.state)
+        self._retry(self._step)
         self._keep_plan()
         return Trial(
             cost=self.state.cost,
@@ -163,12 +170,37 @@ class Session:
             length=self.state.length,
         )
 
+    def _step(self) -> None:
+        assert self.problem is not None and self.state is not None
+        if isinstance(self.problem, ChainProblem) and self._chain is None:
+            batch, plan, settings = self.problem.batch, self.problem.plan, self.problem.settings
+            self.problem, self.state = None, self.state._replace(point=None)  # free their memory
+            self._look_at(batch, plan, settings)
+            assert self.problem is not None
+        self.state = self.solver.step(self.problem, self.state)
+
+    def _retry(self, compute: Callable[[], T]) -> T:
+        """Run, and where a chain runs out of memory again without it: the general way halves."""
+        try:
+            return compute()
+        except (RuntimeError, MemoryError) as error:
+            alone = self._chain is not None and self.cluster is None
+            if not (alone and is_out_of_memory(error)):
+                raise
+        self._chain = None
+        return compute()
+
     def cost_of(self, batch: Batch, x: Tensor, number: int = 0) -> float:
         """Cost of any samples at x (n,), under the masks of a batch of that number."""
         batch = self._sketched(batch, number)
         settings = self._settings(batch, self._mask_seed(number))
-        problem = self._problem(batch, self._plan(batch, settings), settings)
-        return float(problem.cost(problem.residual(x)))
+        plan = self._plan(batch, settings)
+
+        def cost() -> float:
+            problem = self._problem(batch, plan, settings)
+            return float(problem.cost(problem.residual(x)))
+
+        return self._retry(cost)
 
     def load(self, x: Tensor) -> None:
         """Leave x (n,) in the model."""
