@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ._xp import FLOAT, Array, array_namespace, is_cupynumeric, is_numpy
+from ._xp import FLOAT, Array, array_namespace, is_cupynumeric, is_numpy, shares_memory
 
 
 class Wrapped:
@@ -122,6 +122,7 @@ class ResidualAndJacobian:
     def __init__(self, function: UserFunction) -> None:
         self._function = function
         self._last: tuple[Array, Any] | None = None
+        self._reused: bool | None = None  # whether one matrix is filled at every call, once known
 
     def expect(self, shape: tuple[int, ...], dtype: Any) -> None:
         """See UserFunction."""
@@ -137,6 +138,8 @@ class ResidualAndJacobian:
                 "`fun` must return the pair (residuals, Jacobian) where `jac` is True, "
                 f"got {type(pair).__name__}."
             )
+        if self._last is not None and not self._reused:
+            self._reused = shares_memory(pair[1], self._last[1])
         self._last = (x, pair[1])
         return inner.residuals(pair[0], x)
 
@@ -145,7 +148,9 @@ class ResidualAndJacobian:
         if self._last is None or not _is_at(self._last[0], x):
             self(x)
         assert self._last is not None
-        return self._last[1]
+        J = self._last[1]
+        # The next trial may be rejected, and this matrix is needed again.
+        return J if self._reused is False or not hasattr(J, "copy") else J.copy()
 
 
 def _is_at(trial: Array, x: Array) -> bool:

@@ -28,6 +28,7 @@ from ._xp import (
     is_cupynumeric,
     is_numpy,
     on_host,
+    shares_memory,
     to_numpy,
 )
 
@@ -96,7 +97,7 @@ class Problem:
         """Residuals r (m,) at x (n,); one evaluation."""
         self.nfev += 1
         r = self.fun(x)
-        if self.first is None or r is self.first:
+        if self.first is None or shares_memory(r, self.first):
             self.first = r
             r = copied(r)
         else:

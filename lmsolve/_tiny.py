@@ -38,7 +38,7 @@ from ._state import LMState
 from ._status import BOTH, FTOL, GTOL, XTOL
 from ._subproblem import ESCALATE, NormalEquations, Rows
 from ._trust import CUT, ITERATIONS, SLACK
-from ._xp import FLOAT, dot_itself
+from ._xp import FLOAT, dot_itself, shares_memory
 
 #: Beyond this many parameters LAPACK is faster (measured: the curves cross at n = 7).
 PARAMETERS = 6
@@ -220,6 +220,7 @@ class Descent:
         "r",
         "radius",
         "rate",
+        "reused",
         "rows",
         "scale",
         "shape",
@@ -258,6 +259,8 @@ class Descent:
             if isinstance(fun.function, ModelResidual):
                 self.by_model = fun.function.differences
         self.shape = self.r.shape
+        #: Whether the user fills the same array at every call; None until the second one.
+        self.reused: bool | None = None
         diff = problem.differences
         self.shortest = diff.shortest() if diff is not None and diff.is_plain() else None
         made_by = getattr(problem.jac, "__self__", None)
@@ -381,8 +384,10 @@ class Descent:
         r = self.function(x.copy())  # the user may write into its argument
         if type(r) is not np.ndarray or r.dtype is not FLOAT or r.shape != self.shape:
             r = self.checked(r, x)
-        if r is self.problem.first:
-            r = r.copy()  # and fill the same array at every call
+        if self.reused is None:
+            self.reused = shares_memory(r, self.problem.first)
+        if self.reused:
+            r = r.copy()
         self.nfev += 1
         return r, 0.5 * dot_itself(r)
 

@@ -158,6 +158,21 @@ def test_a_function_that_fills_one_array():
     np.testing.assert_array_equal(result.fun, DECAY.fun(result.x))
 
 
+@pytest.mark.parametrize("idle", [0, 5])
+@pytest.mark.parametrize("wrap", [lambda b: b[:40], lambda b: np.frombuffer(b, count=40)])
+def test_a_function_that_returns_views_of_one_array(wrap, idle):
+    """Each view is another object: what tells is where it lies. Idle parameters: no tiny fit."""
+    buffer = np.empty(60)
+
+    def fun(x):
+        buffer[:40] = DECAY.fun(x[:3]) + (x[3:] ** 2).sum()
+        return wrap(buffer)
+
+    result = least_squares(fun, np.append(X0, np.zeros(idle)))
+    np.testing.assert_allclose(result.x[:3], least_squares(DECAY.fun, X0).x, rtol=1e-6)
+    np.testing.assert_array_equal(result.fun, fun(result.x))
+
+
 def test_a_jacobian_that_fills_one_array():
     buffer = np.empty((40, 3))
 
@@ -165,7 +180,30 @@ def test_a_jacobian_that_fills_one_array():
         buffer[:] = DECAY.jac(x)
         return buffer
 
-    assert_best(least_squares(DECAY.fun, X0, jac))
+    result = least_squares(DECAY.fun, X0, jac)
+    assert_best(result)
+    before = result.standard_errors()
+    result.confidence_intervals()
+    np.testing.assert_array_equal(result.standard_errors(), before)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_one_function_for_both_that_fills_one_matrix(sparse):
+    """A rejected trial leaves its Jacobian in the matrix that the next trial needs."""
+    buffer = csr_array(np.ones((40, 3))) if sparse else np.empty((40, 3))
+
+    def both(x):
+        if sparse:
+            buffer.data[:] = DECAY.jac(x).ravel()
+        else:
+            buffer[:] = DECAY.jac(x)
+        return DECAY.fun(x), buffer
+
+    start = [1.0, -2.0, 0.0]
+    result = least_squares(both, start, True, max_nfev=50)
+    expected = least_squares(DECAY.fun, start, lambda x: both(x)[1].copy(), max_nfev=50)
+    assert not all(i.accepted for i in result.history)
+    np.testing.assert_array_equal(result.x, expected.x)
 
 
 def test_the_caller_keeps_x0():
