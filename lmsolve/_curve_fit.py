@@ -24,7 +24,7 @@ from ._result import LeastSquaresResult
 from ._state import LMState
 from ._subproblem import NormalEquations
 from ._tiny import Linearisation
-from ._xp import Array, to_numpy
+from ._xp import Array, copied, to_numpy
 
 #: Smallest squared pivot of the scaled normal matrix that `_well_conditioned` takes.
 QUICK = 1e-5
@@ -195,14 +195,14 @@ def curve_fit(
         pcov = _well_conditioned(state, fit.problem.J, absolute_sigma)
     if pcov is None:
         return _complete(made(), absolute_sigma, full_output)
-    return CurveFit((state.x, pcov), made)
+    return CurveFit((state.x.copy(), pcov), made)  # the caller may write into it
 
 
 def _complete(result: LeastSquaresResult, absolute_sigma: bool, full_output: bool) -> CurveFit:
     """What `curve_fit` returns of a result."""
     if result.status <= 0:
         raise RuntimeError("Optimal parameters not found: " + result.message)
-    values: tuple[Any, ...] = (result.x, _pcov(result, absolute_sigma))
+    values: tuple[Any, ...] = (copied(result.x), _pcov(result, absolute_sigma))
     if full_output:
         values = (*values, info(result), result.message, result.status)
     return CurveFit(values, result)

@@ -37,6 +37,8 @@ from ._xp import (
 )
 
 UNBOUNDED = (-np.inf, np.inf)
+#: Two Jacobians by differences, of points 1e-6 apart, do not differ by this.
+OTHER_FUNCTION = 1e-3
 #: ftol, xtol and gtol.
 TOLERANCES = (1e-8, 1e-8, 1e-8)
 
@@ -369,7 +371,7 @@ class Fit:
     def result(self, state: LMState, absolute_sigma: bool = False) -> LeastSquaresResult:
         """The result of the last state of `run`."""
         if not state.linearized:
-            state = self.solver.linearize(self.problem, state)
+            state = self._linearized(state)
         problem, sub, x = self.problem, state.point.subproblem, state.x
         r, J = state.point.residual, getattr(problem, "J", None)
         optimality, active, held = self._first_order(state)
@@ -377,7 +379,7 @@ class Fit:
         fun = r if is_array_r else None
         status = state.status if state.status is not None else 0
         result = LeastSquaresResult(
-            x=x,
+            x=x.copy() if type(x) is np.ndarray else x,  # the caller may change its units in place
             cost=state.cost,
             fun=fun,
             jac=J,
@@ -424,6 +426,22 @@ class Fit:
         active = _bounds.active_mask(x, self.lb, self.ub)
         optimality = _bounds.optimality(x, g, self.lb, self.ub)
         return optimality, active, np.asarray(to_numpy(state.point.d) == 0)
+
+    def _linearized(self, state: LMState) -> LMState:
+        """The state of a run that deferred, with its linearisation.
+
+        The function is called again, perhaps long after the run. Where it is another one by then
+        (an array that was filled anew, a variable of a loop), its differences have nothing to do
+        with the Jacobian of the point before, which serves instead, as it did for `pcov`.
+        """
+        near = np.array(self.problem.J)
+        full = self.solver.linearize(self.problem, state)
+        moved = np.abs(self.problem.J - near).max(axis=0)
+        if (moved <= OTHER_FUNCTION * np.abs(near).max(axis=0)).all():
+            return full
+        self.problem.J = near
+        self.problem.reuse(near)
+        return self.solver.linearize(self.problem, state)
 
     def _to_complex(self, result: LeastSquaresResult) -> None:
         """x, fun, jac and grad of a result put back into complex form."""

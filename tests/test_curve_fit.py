@@ -237,7 +237,8 @@ class TestResultOnDemand:
             "2-point" if jac is None else lambda p: jac(self.t, *p),
         )
         result = fit.result
-        assert result is fit.result and result.x is fit[0]
+        assert result is fit.result
+        np.testing.assert_array_equal(result.x, fit[0])
         assert (result.nfev, result.status) == (same.nfev, same.status)
         assert len(result.history) == len(same.history)
         np.testing.assert_allclose(result.x, same.x, rtol=1e-8)
@@ -294,6 +295,44 @@ class TestResultOnDemand:
         same = least_squares(lambda p: model(t, *p) - y, p0, "3-point")
         np.testing.assert_allclose(fit[0], same.x, rtol=1e-7)
         np.testing.assert_allclose(fit[1], same.covariance(), rtol=1e-5, atol=1e-12)
+
+    @pytest.mark.parametrize("p0", [[1.0, 1.0, 1.0], [2.5, 1.3, 0.5]])
+    @pytest.mark.parametrize("options", [{}, {"xtol": 1e-9}])
+    def test_the_caller_may_write_into_popt(self, options, p0):
+        expected = curve_fit(self.model, self.t, self.y, p0, **options).result
+        fit = curve_fit(self.model, self.t, self.y, p0, **options)
+        fit[0][1] *= 1e3
+        np.testing.assert_array_equal(fit.result.x, expected.x)
+        np.testing.assert_array_equal(fit.result.jac, expected.jac)
+        fit.result.x[1] *= 1e3
+        np.testing.assert_array_equal(fit.result.state.x, expected.x)
+
+    @pytest.mark.parametrize("peaks", [0, 2])
+    @pytest.mark.parametrize("changed", ["xdata", "ydata", "the function"])
+    def test_is_of_the_data_and_the_function_as_they_were(self, changed, peaks):
+        offset = 0.0
+
+        def model(t, *p):
+            y = p[0] * np.exp(-p[1] * t) + p[2] + offset
+            for a, c, s in zip(p[3::3], p[4::3], p[5::3], strict=True):
+                y += a * np.exp(-0.5 * ((t - c) / s) ** 2)
+            return y
+
+        t = np.linspace(0, 10, 400)
+        true = np.array([2.5, 1.3, 0.5, 3, 3, 0.5, 2, 6, 0.7][: 3 + 3 * peaks])
+        y = model(t, *true) + 0.02 * np.cos(7.0 * np.arange(400.0))
+        expected = curve_fit(model, t, y, 1.1 * true).result
+        expected.standard_errors()
+        fit = curve_fit(model, t, y, 1.1 * true)
+        if changed == "the function":
+            offset = 1.0
+        else:
+            np.negative(t if changed == "xdata" else y, out=t if changed == "xdata" else y)
+        scale = np.abs(expected.jac).max()
+        np.testing.assert_allclose(fit.result.jac, expected.jac, atol=1e-5 * scale)
+        np.testing.assert_allclose(
+            fit.result.standard_errors(), expected.standard_errors(), rtol=1e-5
+        )
 
     def test_a_run_goes_on_from_it(self):
         fit = curve_fit(self.model, self.t, self.y, [1.0, 1.0, 1.0])
