@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 from scipy.linalg import solve_triangular
 
 from . import _validate
-from ._xp import Array, all_finite, convert, is_array, is_foreign, to_numpy
+from ._xp import Array, all_finite, convert, is_foreign, to_numpy
 
 
 class _Weights:
@@ -37,10 +36,10 @@ class _Triangle:
 
 
 def start_at(p0: Any, names: list[str] | None, bounds: Any, ydata: Any) -> tuple[Any, int]:
-    """p0 and its length."""
+    """p0 (n,), checked or found, and n."""
     if p0 is not None:
-        p0 = p0 if type(p0) is np.ndarray or is_array(p0) else np.atleast_1d(p0)
-        return p0, math.prod(p0.shape)
+        p0 = _validate.flat_parameters(p0, "p0")
+        return p0, p0.shape[0]
     if not names:
         raise ValueError(
             "`p0` must be given: Unable to determine number of fit parameters from `f`, got "
@@ -85,10 +84,12 @@ def data(
         # A column of a table: in single precision its model's differences would be too.
         _floats(xdata, "xdata", check)
         xdata = xdata.astype(float)
-    if y.size == 0:
-        raise ValueError(f"`ydata` must not be empty, got shape {y.shape}.")
+    shape = y.shape
     if not check and nan_policy is not None:
-        return _without_nan(xdata, y, sigma, nan_policy)
+        xdata, y, sigma = _without_nan(xdata, y, sigma, nan_policy)
+    if y.size == 0:
+        nan = " of NaN" if shape != y.shape else ""
+        raise ValueError(f"`ydata` must not be empty, got shape {shape}{nan}.")
     return xdata, y, sigma
 
 

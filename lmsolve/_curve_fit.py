@@ -172,7 +172,6 @@ def curve_fit(
     start, n = start_at(p0, names, bounds, ydata)
     if names is not None and len(names) != n:
         names = None
-    start = _validate.parameters(start, "p0")
     if names is None or f.__class__ is not FunctionType or f.__kwdefaults__:
         _check_number(f, n)
     _check_inside(start, bounds, n)

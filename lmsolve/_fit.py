@@ -12,7 +12,7 @@ import numpy as np
 from scipy.optimize import OptimizeResult
 
 from . import _bounds, _complex, _history, _hooks, _numdiff, _validate
-from ._functions import ResidualAndJacobian, UserFunction, Wrapped
+from ._functions import ResidualAndJacobian, UserFunction, Wrapped, is_problem
 from ._lm import DIFFERENCE_ERROR, LevenbergMarquardt, difference_share
 from ._numdiff import Differences
 from ._problem import Problem, StreamedProblem
@@ -103,7 +103,7 @@ class Fit:
     def _problem(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The problem and its residuals at x0."""
         o = self.options
-        if hasattr(self.fun, "linearize"):
+        if is_problem(self.fun):
             getattr(self.fun, "begin", lambda *start: None)(self.x0, self.lb, self.ub)
             return self.fun, None
         if not callable(self.fun):

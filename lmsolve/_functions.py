@@ -85,6 +85,16 @@ class UserFunction:
         return r
 
 
+def is_problem(fun: Any) -> bool:
+    """Whether ``fun`` is a whole problem, with methods `residual`, `cost` and `linearize`.
+
+    Of a callable its class must have them: a function may have attributes, or any that is asked
+    for (a mock).
+    """
+    owner = type(fun) if callable(fun) else fun
+    return all(hasattr(owner, name) for name in ("residual", "cost", "linearize"))
+
+
 def other_length(name: str, expected: int, actual: int) -> ValueError:
     """The error for residuals whose number changes."""
     return ValueError(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from scipy.linalg import qr
 
+from . import _validate
 from ._least_squares import least_squares
 from ._result import LeastSquaresResult
 from ._xp import to_numpy
@@ -104,6 +106,11 @@ def leastsq(
     ------
     ValueError
         If an argument breaks the rule that the message names.
+
+    Warns
+    -----
+    RuntimeWarning
+        If it did not converge and ``full_output``, which would tell, is not asked for.
     """
     jac: Any = "2-point"
     if Dfun is not None:
@@ -111,7 +118,7 @@ def leastsq(
         jac = (lambda x, *a: np.asarray(derivative(x, *a)).T) if col_deriv else Dfun
     result = least_squares(
         func,
-        x0,
+        _validate.flat_parameters(x0, "x0"),
         jac,
         ftol=ftol,
         xtol=xtol,
@@ -122,6 +129,8 @@ def leastsq(
     # MINPACK's info: 1 and 2 for ftol and xtol, 3 for both, 4 for gtol, 5 for too many calls.
     ier = {1: 4, 2: 1, 3: 2, 4: 3}.get(result.status, 5)
     if not full_output:
+        if ier == 5:
+            warnings.warn(result.message, RuntimeWarning, stacklevel=2)
         return result.x, ier
     cov = result.covariance(absolute_sigma=True)
     cov_x = cov if np.isfinite(cov).all() else None

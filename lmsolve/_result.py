@@ -204,8 +204,8 @@ class LeastSquaresResult(OptimizeResult):  # type: ignore[misc]  # SciPy has no 
         if method == "linear" or not math.isfinite(quantile):
             half = quantile * u.stderr
             return np.stack([x - half, x + half], axis=1)
-        if hasattr(self.jac, "copy"):
-            self.jac = self.jac.copy()  # the refits may fill the same matrix
+        if hasattr(self["jac"], "copy"):
+            self["jac"] = self["jac"].copy()  # the refits may fill the same matrix
         return np.array(
             [
                 _uncertainty.profile_interval(

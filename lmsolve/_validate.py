@@ -60,6 +60,14 @@ def parameters(x0: Any, name: str = "x0") -> Array:
     return x
 
 
+def flat_parameters(x0: Any, name: str) -> Array:
+    """x0 as MINPACK's front doors take it: of any shape, in double precision unless foreign."""
+    if (type(x0) is np.ndarray and x0.dtype == np.float64 and x0.ndim == 1) or is_foreign(x0):
+        return parameters(x0, name)
+    x = parameters(np.ravel(_numpy_parameters(x0, name)), name)
+    return x.astype(float) if x.dtype.kind == "f" else x
+
+
 def _numpy_parameters(x0: Any, name: str) -> np.ndarray:
     if isinstance(x0, np.ma.MaskedArray) and np.ma.is_masked(x0):
         raise ValueError(

@@ -247,6 +247,8 @@ WRONG = [
     curve("ydata has NaN", "ydata", r"infs or NaNs.*got 1", y=with_entry(Y, 1, NAN)),
     curve("xdata has inf", "xdata", r"infs or NaNs.*got 1", x=with_entry(T, 1, INF)),
     curve("ydata is empty", "ydata", r"not be empty.*got", x=[], y=[]),
+    curve("ydata is all NaN", "ydata", r"not be empty.*got shape \(5,\) of NaN",
+        y=[NAN] * 5, nan_policy="omit"),
     curve("ydata is text", "ydata", r"numbers.*got", (ValueError, TypeError), y=["a"] * 5),
     curve("ydata is masked", "ydata", r"not be masked.*got 1", y=masked_residuals),
     curve("xdata is masked", "xdata", r"not be masked.*got 1", x=masked_residuals),

@@ -195,7 +195,15 @@ def test_leastsq_arguments_and_limit():
     x, status = leastsq(fun, P0, args=(T, Y))
     np.testing.assert_allclose(x, leastsq(DECAY.fun, P0)[0])
     assert status in (1, 2, 3, 4)
-    assert leastsq(fun, P0, args=(T, Y), maxfev=3)[1] == 5
+    with pytest.warns(RuntimeWarning, match="max_nfev` reached: 3 evaluations"):
+        assert leastsq(fun, P0, args=(T, Y), maxfev=3)[1] == 5
+
+
+@pytest.mark.parametrize("start", [np.float32(P0), np.reshape(P0, (1, 3)), np.reshape(P0, (3, 1))])
+def test_starts_are_flattened_and_in_double_precision(start):
+    for x in (leastsq(DECAY.fun, start)[0], curve_fit(MODEL, T, Y, start)[0]):
+        assert type(x) is np.ndarray and x.dtype == np.float64
+        np.testing.assert_allclose(x, leastsq(DECAY.fun, P0)[0], rtol=1e-8)
 
 
 def test_leastsq_of_a_singular_problem_has_no_covariance():

@@ -62,7 +62,7 @@ MAY_IMPORT |= {
     "_fit": CORE,
     "_least_squares": CORE | {"_fit", "legate/_arrays"},
     "_curve_data": {"_xp", "_validate"},
-    "_leastsq": {"_xp", "_result", "_least_squares"},
+    "_leastsq": {"_xp", "_result", "_least_squares", "_validate"},
     "_curve_fit": CORE | {"_curve_data", "_fit", "_least_squares", "_leastsq"},
     "_check_jac": CORE,
     "_batched_model": {"_xp", "_loss", "torch"},

@@ -3,6 +3,7 @@
 import pickle
 import sys
 import types
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -210,6 +211,18 @@ def test_the_caller_keeps_x0():
     x0 = X0.copy()
     least_squares(DECAY.fun, x0)
     np.testing.assert_array_equal(x0, X0)
+
+
+def test_attributes_of_a_callable_do_not_make_it_a_problem():
+    class Linear:
+        def __call__(self, x):
+            return DECAY.fun(x)
+
+        def linearize(self):
+            raise AssertionError
+
+    assert_best(least_squares(Linear(), X0))
+    assert_best(least_squares(Mock(side_effect=DECAY.fun), X0))
 
 
 # Complex numbers.

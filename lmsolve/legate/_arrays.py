@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lmsolve._functions import Wrapped
+from lmsolve._functions import Wrapped, is_problem
 from lmsolve._sums import LOCAL, LocalSums
 from lmsolve._xp import is_cupynumeric, to_numpy
 
@@ -44,7 +44,7 @@ def place(fun: Any, x0: Any, jac: Any, callback: Any, backend: str | None) -> Pl
         return Placement(fun, x0, jac, callback, sums, lambda result: result)
     pays = sums.pays if isinstance(sums, ShardedSums) else _never
     return Placement(
-        fun if hasattr(fun, "linearize") or not callable(fun) else Called(fun, pays),
+        fun if is_problem(fun) or not callable(fun) else Called(fun, pays),
         to_numpy(x0).copy(),
         Called(jac, pays) if callable(jac) else jac,
         None if callback is None else _callback(callback),
