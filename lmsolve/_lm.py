@@ -558,6 +558,7 @@ def _largest_ratio(xp: Namespace, a: Array, b: Array) -> Array:
     a = xp.abs(a)
     nonzero = b != 0
     if xp is np and nonzero.all():
-        return np.max(a / b)
+        with np.errstate(invalid="ignore"):  # infinities, which the caller looks for
+            return np.max(a / b)
     one, zero = xp.ones_like(b), xp.zeros_like(a)
     return xp.max(xp.where(nonzero, a / xp.where(nonzero, b, one), zero))

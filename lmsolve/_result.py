@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,19 @@ class LeastSquaresResult(OptimizeResult):  # type: ignore[misc]  # SciPy has no 
     def __reduce__(self) -> tuple[Any, ...]:
         kept = {k: v for k, v in self.items() if k != "state"}
         return (type(self), (kept,))
+
+    def __copy__(self) -> LeastSquaresResult:
+        return self._of(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LeastSquaresResult:
+        # The state is never written to, and may lie in Legate's memory.
+        return self._of({k: v if k == "state" else deepcopy(v, memo) for k, v in self.items()})
+
+    def _of(self, values: dict[str, Any]) -> LeastSquaresResult:
+        """A result of these values that knows the fit of this one."""
+        made = type(self)(values)
+        object.__setattr__(made, "_context", self._context and replace(self._context))
+        return made
 
     def uncertainty(
         self, *, absolute_sigma: bool | None = None, sandwich: bool | None = None

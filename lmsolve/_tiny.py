@@ -150,6 +150,8 @@ class Linearisation:
         for _ in range(ITERATIONS):
             w = squares * back
             secular = ddot(w, dpotrs(factor, w, 1)[0])
+            if not secular:  # the step is so short that its square has underflowed
+                return None
             newton = mu + (length / radius - 1.0) * length * length / secular
             if length > radius:
                 lo = max(lo, mu)

@@ -16,7 +16,7 @@ from ._bounds import Box
 from ._damping import LARGE, Damping
 from ._linalg import LinAlgError
 from ._subproblem import Subproblem
-from ._xp import Array, Namespace, on_host, to_floats
+from ._xp import Array, Namespace, dot_itself, on_host, to_floats
 
 #: Relative slack in |q| = radius (More 1978), and that of a damped step beyond it, which is cut.
 SLACK, CUT = 0.1, 0.2
@@ -42,7 +42,7 @@ class Step(NamedTuple):
 def scaled_norm(xp: Namespace, p: Array, D: Array) -> float:
     """|D p| as a host float."""
     q = p * D
-    return math.sqrt(q.dot(q) if xp is np else to_floats(q @ q)[0])
+    return math.sqrt(dot_itself(q) if xp is np else to_floats(q @ q)[0])
 
 
 def gauss_newton(

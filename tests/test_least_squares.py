@@ -1,5 +1,6 @@
 """The front door: every form of problem that it takes, and the result that it gives back."""
 
+import copy
 import pickle
 import sys
 import types
@@ -472,11 +473,20 @@ def test_names_and_the_report():
 
 def test_a_result_can_be_pickled():
     result = least_squares(DECAY.fun, X0)
-    copy = pickle.loads(pickle.dumps(result))
-    np.testing.assert_array_equal(copy.x, result.x)
-    assert copy.message == result.message and "success: True" in str(copy)
+    other = pickle.loads(pickle.dumps(result))
+    np.testing.assert_array_equal(other.x, result.x)
+    assert other.message == result.message and "success: True" in str(other)
     with pytest.raises(ValueError, match="unpickled"):
-        copy.covariance()
+        other.covariance()
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_copy_of_a_result_knows_its_fit(copied):
+    result = least_squares(DECAY.fun, X0)
+    other = copied(result)
+    assert type(other) is type(result) and other == result and str(other) == str(result)
+    assert (other.x is result.x) == (copied is copy.copy)
+    np.testing.assert_array_equal(other.confidence_intervals(), result.confidence_intervals())
 
 
 @pytest.mark.parametrize("verbose", [0, 1, 2])

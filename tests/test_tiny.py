@@ -160,6 +160,22 @@ def test_a_jacobian_that_is_not_finite_is_told_at_x0_and_rejected_later():
     assert result.status == -3
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+@pytest.mark.parametrize("gtol", [1e-12, 2.3e-16])
+def test_a_gradient_test_that_rounding_keeps_from_firing(both, gtol, scale):
+    """No step gains anything, and the radius shrinks until nothing is left of it."""
+    t = np.linspace(0, 4, 50)
+    y = 2.5 * np.exp(-1.3 * t) + 0.5 + 0.05 * np.cos(7.0 * np.arange(50.0))
+
+    def fun(x):
+        return x[0] / scale * np.exp(-x[1] * t) + x[2] - y
+
+    results = both(fun, [scale, 1.0, 0.1], ftol=None, xtol=None, gtol=gtol, max_nfev=1000)
+    for result, _ in results:
+        assert not result.success and result.status in (-5, 0)
+        np.testing.assert_allclose(result.x, results[1][0].x, rtol=1e-7)
+
+
 def test_a_nan_beside_a_column_of_zeros_is_left_to_the_general_solver():
     J = np.array([[np.nan, 0.0], [1.0, 0.0], [2.0, 0.0]])
     assert not Linearisation(J, np.ones(3), None, np.ones(2)).sound
