@@ -239,8 +239,13 @@ def as_jacobian(J: Any, dtype: Any) -> Any:
         raise ValueError(
             f"`jac` must return one matrix of numbers, got {type(J).__name__}: {error}."
         ) from error
-    if a.dtype.kind == "O" or a.dtype.kind in "USV":
-        raise TypeError(f"`jac` must return numbers, got an array of dtype {a.dtype}.")
+    if a.dtype.kind in "OUSV":
+        try:
+            return a.astype(dtype)
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"`jac` must return numbers, got an array of dtype {a.dtype}."
+            ) from None
     if a.dtype.kind == "c":
         raise complex_jacobian()
     return a.astype(dtype, copy=False)

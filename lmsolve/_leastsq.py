@@ -96,7 +96,7 @@ def leastsq(
         Inverse of J'J, with ``full_output``; None if it is singular.
     infodict : dict
         ``nfev``, ``fvec``, and ``fjac``, ``ipvt`` and ``qtf``, a pivoted QR factorisation of the
-        Jacobian, with ``full_output``.
+        Jacobian, with ``full_output``; ``njev`` where ``Dfun`` is given.
     mesg : str
         Why it stopped, with ``full_output``.
     ier : int
@@ -134,4 +134,7 @@ def leastsq(
         return result.x, ier
     cov = result.covariance(absolute_sigma=True)
     cov_x = cov if np.isfinite(cov).all() else None
-    return result.x, cov_x, info(result), result.message, ier
+    infodict = info(result)
+    if Dfun is not None:
+        infodict["njev"] = result.njev
+    return result.x, cov_x, infodict, result.message, ier

@@ -139,7 +139,8 @@ def uncertainty(c: Curvature, absolute_sigma: bool = False, sandwich: bool = Fal
     W = (V[:, usable] / s[usable]) * d[:, None]
     inverse = W @ W.T
     if sandwich and c.scores is not None:
-        P = np.asarray(c.raw_rows[:, free] * c.scores[:, None]) @ inverse
+        rows, psi = c.raw_rows[:, free], c.scores[:, None]
+        P = np.asarray((rows.multiply(psi) if hasattr(rows, "tocsr") else rows * psi) @ inverse)
         cov = P.T @ P * (c.m / dof if dof > 0 else math.inf)
     else:
         cov = inverse * variance if math.isfinite(variance) else np.full_like(inverse, np.inf)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import scipy.optimize
-from scipy.sparse import csr_array
+from scipy.sparse import coo_array, csc_array, csr_array, csr_matrix
 from scipy.special import stdtrit
 
 from lmsolve import curve_fit, least_squares
@@ -114,8 +114,9 @@ def test_more_parameters_than_residuals():
     assert np.isinf(u.stderr).all()
 
 
+@pytest.mark.parametrize("form", [np.asarray, csr_matrix, csc_array, coo_array])
 @pytest.mark.parametrize("loss", ["huber", "soft_l1", "cauchy"])
-def test_sandwich(loss):
+def test_sandwich(loss, form):
     C = 0.1
     rng = np.random.default_rng(3)
     outliers = np.where(rng.uniform(size=40) < 0.1, 2.0, 0.0)
@@ -123,7 +124,7 @@ def test_sandwich(loss):
     def fun(x):
         return DECAY.fun(x) + outliers
 
-    result = least_squares(fun, DECAY.x0, DECAY.jac, loss=loss, f_scale=C)
+    result = least_squares(fun, DECAY.x0, lambda x: form(DECAY.jac(x)), loss=loss, f_scale=C)
     J, r = DECAY.jac(result.x), fun(result.x)
     z = (r / C) ** 2
     _, rho1, rho2 = LOSSES[loss](np, z)
