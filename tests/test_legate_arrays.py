@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -503,6 +505,37 @@ def test_a_wide_product_of_numpy_goes_to_legate_where_it_pays(
     )
     assert len(made) == (result.njev if goes else 0)
     np.testing.assert_allclose(A @ result.x, 1.0, atol=1e-9)
+
+
+@pytest.mark.parametrize("tr_solver", [None, "lsmr"])
+@pytest.mark.parametrize("kind", ["tall", "wide"])
+def test_a_jacobian_is_free_before_the_next_one_is_reduced(
+    xp: Any, monkeypatch: pytest.MonkeyPatch, kind: str, tr_solver: str | None
+) -> None:
+    """Without the garbage collector, which does not know that Legate's arrays are large."""
+    from lmsolve.legate._sums import ShardedSums
+
+    alive, before = weakref.WeakSet[Any](), []
+
+    def noted(make: Any) -> Any:
+        def made(*arguments: Any) -> Any:
+            before.append(len(alive))
+            alive.add(sub := make(*arguments))
+            return sub
+
+        return made
+
+    for name in ("subproblem", "iterated"):
+        monkeypatch.setattr(ShardedSums, name, noted(getattr(ShardedSums, name)))
+    fun, jac = curved(xp, 40) if kind == "wide" else (Decay(xp).fun, Decay(xp).jac)
+    x0 = xp.array(X0 if kind == "tall" else 2.0 * np.random.default_rng(1).standard_normal(40))
+    gc.disable()
+    try:
+        result = least_squares(fun, x0, jac, backend="cupynumeric", tr_solver=tr_solver)
+    finally:
+        gc.enable()
+    assert result.njev == len(before) > 3
+    assert set(before) == {0}
 
 
 class Transfers:

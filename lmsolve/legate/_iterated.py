@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -31,22 +31,18 @@ class IteratedEquations(OperatorSubproblem):
         self._sums, self._layout, self._dtype = sums, layout, dtype
         n = sums.functions.n
         found = self._summed(GradientJob, np.zeros(1), 2 * n + 1)
-        self._gradient, self._squared = found[:n], float(found[2 * n])
+        self._residuals = Residuals(found[:n], float(found[2 * n]))
         zero = np.zeros(n)
         norms = np.sqrt(found[n : 2 * n]).astype(dtype)
-        super().__init__(None, Combination(self, 1.0, zero, zero), norms, **stopping(options))
-
-    def inner(self, a: Combination, b: Combination) -> float:
-        """The inner product of two combinations."""
-        cross = self._gradient @ (a.c * b.q + b.c * a.q)
-        return float(a.c * b.c * self._squared + cross + a.q @ b.gram)
+        r = Combination(self._residuals, 1.0, zero, zero)
+        super().__init__(None, r, norms, **stopping(options))
 
     def _times(self, p: np.ndarray) -> Combination:
         p = p.astype(float)
-        return Combination(self, 0.0, p, self._summed(ProductJob, p, p.shape[0]))
+        return Combination(self._residuals, 0.0, p, self._summed(ProductJob, p, p.shape[0]))
 
     def _back(self, z: Combination) -> np.ndarray:
-        return (z.c * self._gradient + z.gram).astype(self._dtype)
+        return (z.c * self._residuals.gradient + z.gram).astype(self._dtype)
 
     def _size(self, z: Combination) -> float:
         return math.sqrt(max(z @ z, 0.0))
@@ -58,24 +54,28 @@ class IteratedEquations(OperatorSubproblem):
         return place.total()
 
 
+class Residuals(NamedTuple):
+    """What is known of the weighted residuals r: J'r (n,) and r'r."""
+
+    gradient: np.ndarray
+    square: float
+
+
 class Combination:
     """``c r + J q`` of weighted rows, with gram = ``J'J q`` (n,)."""
 
-    def __init__(
-        self, equations: IteratedEquations, c: float, q: np.ndarray, gram: np.ndarray
-    ) -> None:
-        self._equations, self.c, self.q, self.gram = equations, c, q, gram
+    def __init__(self, r: Residuals, c: float, q: np.ndarray, gram: np.ndarray) -> None:
+        self._r, self.c, self.q, self.gram = r, c, q, gram
 
     def __add__(self, other: Combination) -> Combination:
-        return Combination(
-            self._equations, self.c + other.c, self.q + other.q, self.gram + other.gram
-        )
+        return Combination(self._r, self.c + other.c, self.q + other.q, self.gram + other.gram)
 
     def __rmul__(self, a: float) -> Combination:
-        return Combination(self._equations, a * self.c, a * self.q, a * self.gram)
+        return Combination(self._r, a * self.c, a * self.q, a * self.gram)
 
     def __matmul__(self, other: Combination) -> float:
-        return self._equations.inner(self, other)
+        cross = self._r.gradient @ (self.c * other.q + other.c * self.q)
+        return float(self.c * other.c * self._r.square + cross + self.q @ other.gram)
 
 
 class GradientJob(SumsJob):

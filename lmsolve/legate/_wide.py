@@ -99,10 +99,11 @@ class WideEquations:
     def reduction(self, p: Any) -> Array:
         """0-d model decrease: without a launch for a step that was just lifted, or asked for."""
         if isinstance(p, WideStep):
-            self._last = p, p.Jp
-        elif p is not self._last[0]:
-            self._last = p, self.matvec(p)
-        Jp = self._last[1]
+            Jp = p.Jp  # the step knows this object: kept here, it would keep J in a cycle
+        else:
+            if p is not self._last[0]:
+                self._last = p, self.matvec(p)
+            Jp = self._last[1]
         return -(self._r @ Jp + 0.5 * (Jp @ Jp))
 
     def slope(self, Jp: np.ndarray) -> Array:
