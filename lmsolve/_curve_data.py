@@ -8,7 +8,7 @@ import numpy as np
 from scipy.linalg import solve_triangular
 
 from . import _validate
-from ._xp import Array, all_finite, convert, is_foreign, to_numpy
+from ._xp import FLOAT, Array, all_finite, convert, is_foreign, to_numpy
 
 
 class _Weights:
@@ -95,7 +95,7 @@ def data(
 
 def _floats(a: Any, name: str, check: bool) -> np.ndarray:
     """``a`` as float64, complex kept, with NaN and infinity refused."""
-    if type(a) is np.ndarray and a.dtype == np.float64:
+    if type(a) is np.ndarray and a.dtype is FLOAT:
         _finite(a, name, check)
         return a
     if isinstance(a, np.ma.MaskedArray) and np.ma.is_masked(a):

@@ -17,7 +17,7 @@ from scipy.optimize import OptimizeWarning
 from . import _validate
 from ._curve_data import data, start_at, whitening
 from ._fit import UNBOUNDED, Fit, Options
-from ._functions import ModelResidual
+from ._functions import ModelResidual, entries
 from ._least_squares import least_squares
 from ._leastsq import info, translated
 from ._result import LeastSquaresResult
@@ -209,7 +209,7 @@ def _complete(result: LeastSquaresResult, absolute_sigma: bool, full_output: boo
 
 def _jacobian(jac: Any, xdata: Any, whiten: Any, p: Array) -> Array:
     """Rows (m, n) of the user's Jacobian, whitened."""
-    J = jac(xdata, *p)
+    J = jac(xdata, *entries(p))
     return J if whiten is None else whiten(J if hasattr(J, "ndim") else np.asarray(J))
 
 

@@ -168,6 +168,14 @@ def _is_at(trial: Array, x: Array) -> bool:
     return trial is x or getattr(trial, "host", None) is x
 
 
+def entries(p: Array) -> Any:
+    """The parameters (n,) one by one; `flat` ends without the error that ``*p`` formats and drops.
+
+    It takes a third of the time.
+    """
+    return p.flat if type(p) is np.ndarray else p
+
+
 class ModelResidual(Wrapped):
     """``whiten(f(xdata, *parameters) - ydata)``; can be pickled where f can."""
 
@@ -178,7 +186,7 @@ class ModelResidual(Wrapped):
 
     def __call__(self, p: Array) -> Array:
         """Residuals (m,)."""
-        values = self.f(self.xdata, *p)
+        values = self.f(self.xdata, *entries(p))
         try:
             r = values - self.ydata
         except (TypeError, ValueError) as error:
@@ -199,7 +207,7 @@ class ModelResidual(Wrapped):
         """Rows (n, m) of J' by one-sided differences of the model; False if it is unusual."""
         if self.whiten is not None:
             return False
-        f, xdata, p = self.f, self.xdata, list(x)
+        f, xdata, p = self.f, self.xdata, list(entries(x))
         here = r + self.ydata  # f at x: to a rounding error, none where f is near the data
         shape = r.shape
         for j, h in enumerate(steps):

@@ -210,7 +210,7 @@ def all_finite(a: Array) -> bool:
     """Whether every entry is finite; one synchronisation."""
     if type(a) is np.ndarray:
         # A finite sum of squares says it in a tenth of the time; an infinite one says nothing.
-        if a.ndim == 1 and a.dtype == np.float64 and a.size and dot_itself(a) < np.inf:
+        if a.ndim == 1 and a.dtype is FLOAT and a.size and dot_itself(a) < np.inf:
             return True
         return bool(np.isfinite(a).all())
     xp = array_namespace(a)
