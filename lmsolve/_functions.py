@@ -217,8 +217,9 @@ class ModelResidual(Wrapped):
             p[j] = own
             if type(values) is not np.ndarray or values.dtype is not FLOAT or values.shape != shape:
                 return False
-            np.subtract(values, here, rows[j])
-        rows /= np.array(steps)[:, None]
+            row = rows[j]
+            np.subtract(values, here, row)
+            row *= 1.0 / h
         return True
 
     def _other_shape(self, values: Any) -> ValueError:

@@ -421,7 +421,7 @@ class Descent:
             if type(values) is not np.ndarray or values.dtype is not FLOAT or values.shape != shape:
                 values = self.checked(values, x)
             np.subtract(values, r, row)
-            row /= h
+            row *= 1.0 / h
 
     def _stayed_near(self) -> bool:
         """Whether the last step was so short that its Jacobian by differences serves here too."""
