@@ -22,7 +22,7 @@ from ._status import CALLBACK, message
 from ._subproblem import NormalEquations
 from ._sums import LOCAL
 from ._tiny import PARAMETERS as TINY
-from ._tiny import Descent
+from ._tiny import REACH, Descent
 from ._xp import (
     Array,
     Namespace,
@@ -276,7 +276,8 @@ class Fit:
     def _run(self, notify: Any, verbose: int, resume: LMState | None, defers: bool) -> LMState:
         """Loop over the step-wise solver."""
         problem, solver, history = self.problem, self.solver, self.history
-        if resume is None and notify is None and verbose < 2 and self._is_tiny(solver):
+        at_once = resume is None and notify is None  # nobody takes a state on the way to go on from
+        if at_once and verbose < 2 and self._is_tiny(solver):
             descent = Descent(solver, problem, self.x0, self.r0, history, defers)
             first_cost, state = descent.cost, descent.run()
         else:
@@ -295,6 +296,9 @@ class Fit:
                 state = state._replace(status=CALLBACK)
             if defers and state.fired and state.status is None:
                 state = self._near(before.x, state) or state
+            if at_once and state.fired and self._serves(before.x, state):
+                problem.reuse(problem.J)
+                state = state._replace(njev=state.njev - 1)  # the solver counts it again
         if state.point.subproblem is None:
             state = solver.linearize(problem, state)
         if verbose:
@@ -311,10 +315,9 @@ class Fit:
         Its linearisation is that of the point before; see `_history.settled_reach`.
         """
         problem, history = self.problem, self.history
-        plain = type(problem) is Problem and type(problem.J) is np.ndarray and self.solver.polish
-        if not plain or problem.loss is not None or len(history) < 2:
+        if not self._differenced() or problem.loss is not None or len(history) < 2:
             return None
-        if problem.differences is None or not problem.differences.is_plain():
+        if not self.solver.polish:
             return None
         error, x, D = problem.derivative_error(), state.x, to_numpy(state.scale)
         reach = _history.settled_reach(history[-2], history[-1], error)
@@ -326,6 +329,19 @@ class Fit:
         if noise > DIFFERENCE_ERROR * pivot * (np.abs(x) * D).min():
             return None
         return state._replace(status=state.fired, point=state.point._replace(subproblem=sub))
+
+    def _serves(self, before: np.ndarray, state: LMState) -> bool:
+        """Whether the Jacobian by differences before the last step will do after it too."""
+        if state.point.subproblem is not None or not self._differenced():
+            return False
+        return bool((np.abs(state.x - before) <= REACH * np.abs(state.x)).all())
+
+    def _differenced(self) -> bool:
+        """Whether the Jacobian is a NumPy array of plain one-sided differences."""
+        problem = self.problem
+        if type(problem) is not Problem or type(problem.J) is not np.ndarray:
+            return False
+        return problem.differences is not None and problem.differences.is_plain()
 
     def _start(self, solver: LevenbergMarquardt, resume: LMState | None) -> LMState:
         """The state to step from."""

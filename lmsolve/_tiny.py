@@ -44,8 +44,8 @@ from ._xp import FLOAT, dot_itself, shares_memory
 PARAMETERS = 6
 
 #: A Jacobian by differences is right to about one of their steps: it is not taken anew for the
-#: last look at a converged fit if no parameter has moved by more than this many steps.
-NEAR = 10.0
+#: last look at a converged fit if no parameter has moved by more than ten steps, this share of it.
+REACH = 10.0 * 2.0**-26
 
 FADE_SQUARED = FADE * FADE
 
@@ -303,7 +303,7 @@ class Descent:
             settled = self.fired > 0 and self._settled(lin)
             if settled and self.defers and self.error:
                 return self._near(lin)
-            if self.fired and not self.polished and self._stayed_near():
+            if self.fired and self._stayed_near():
                 lin = Linearisation(J, self.r, self.scale, self.x)
                 if lin.sound and self._polish(lin) is False:
                     return self._ended(J, lin, self.fired)
@@ -428,8 +428,7 @@ class Descent:
         if self.shortest is None:
             return False
         moves = (self.x - self.before).tolist()
-        reach = NEAR * 2.0**-26
-        return all(abs(v) <= reach * abs(xj) for v, xj in zip(moves, self.x.tolist()))
+        return all(abs(v) <= REACH * abs(xj) for v, xj in zip(moves, self.x.tolist()))
 
     def _settled(self, lin: Linearisation) -> bool:
         """Whether one more step would change nothing, at the rate of the last two.
@@ -471,7 +470,7 @@ class Descent:
         accepted = cost_new <= self.cost + noise
         ratio = (self.cost - cost_new) / predicted if predicted > 0.0 else 1.0
         if accepted:
-            self.trail = ((self.x, step),)
+            self.trail, self.before = ((self.x, step),), self.x
             self.x, self.r, self.cost = self.x + step, r_new, cost_new
             self.nit += 1
             self.polished, self.rate = 1, math.sqrt(lin.square) / self.history[-1].length

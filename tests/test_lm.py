@@ -260,6 +260,18 @@ def test_linearize_completes_a_point():
     np.testing.assert_allclose(state.point.subproblem.grad, rosenbrock_jac(x0).T @ rosenbrock(x0))
 
 
+@pytest.mark.parametrize("name", ["Rat42", "Gauss1"])
+def test_the_last_look_takes_no_differences_where_the_last_step_was_below_ten_of_them(name):
+    p = load(name)
+    fun = Counted(p.fun)
+    result = least_squares(fun, p.starts[0])
+    assert result.success and result.history[-1].accepted
+    assert result.njev == result.nit  # one at each point but the last
+    assert fun.calls == result.nfev + p.n * result.njev
+    step = least_squares(p.fun, result.x, p.jac).x - result.x
+    assert np.all(np.abs(step) <= 1e-7 * np.abs(result.x))
+
+
 @pytest.mark.parametrize("polish", [True, False])
 def test_the_polish_is_what_brings_the_last_digits(polish):
     p = PROBLEMS["osborne_1"]
