@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -184,6 +186,25 @@ def test_an_evaluation_overwritten_by_a_later_one_is_made_anew(
     early = chained.residual(x)
     chained.residual(x + 0.5)
     torch.testing.assert_close(chained.linearize(x, early).gram, general._normal(x, None).gram)
+
+
+def test_activations_are_free_without_the_garbage_collector(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which does not know how large they are, and mini-batches have some each."""
+    network, batch = setup(mlp(1, 5, 1))
+    gc.disable()
+    try:
+        _, chained = problems(network, batch, Settings(), monkeypatch)
+        x = start(network)
+        sub = chained.linearize(x, chained.residual(x))
+        sub.acceleration(sub.solve(0.1))
+        held = [weakref.ref(chained._held), weakref.ref(chained._spare)]
+        assert all(ref() is not None for ref in held)
+        del chained, sub
+        assert all(ref() is None for ref in held)
+    finally:
+        gc.enable()
 
 
 def tied() -> nn.Module:

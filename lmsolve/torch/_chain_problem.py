@@ -73,7 +73,7 @@ class Cuts:
 
 
 class Memory:
-    """Outputs of all layers; whoever wrote them last owns them.
+    """Outputs of all layers, those of the trace that was written last.
 
     Or `folded`, with the hidden layers of all blocks in one place, which stays in the cache.
     """
@@ -89,7 +89,7 @@ class Memory:
             if not (folded and self.blocks and h.shape == inputs[0].shape):
                 hidden = [h.new_empty((len(h), o + 1, h.shape[2])) for o in chain.widths[:-1]]
             self.blocks.append(Layers.of(h, hidden, y))
-        self.owner: Trace | None = None
+        self.written = 0  # how often
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +100,12 @@ class Trace:
     y: Tensor
     judged: Judged  # rows with their graph back to `y`
     memory: Memory
+    number: int  # by the memory's count
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing else has been written since."""
+        return self.number == self.memory.written
 
     def slopes(self, graph: bool = False) -> Tensor:
         """Derivatives (k, o, B) of the residuals of each sample in its outputs."""
@@ -155,7 +161,6 @@ class ChainProblem(NetworkProblem):
 
     def _evaluate(self, x: Tensor) -> Evaluation:
         trace = self._trace(self._point(x), self._spare)
-        self._spare.owner = trace
         cost = 0.5 * self.settings.decay * x.to(torch.float64).square().sum()
         return Evaluation(cost + trace.judged.cost.sum(), trace)
 
@@ -169,7 +174,9 @@ class ChainProblem(NetworkProblem):
         with torch.enable_grad():
             judged = self.network.judge_output(y.T, self.batch, point.scale)
         tensors = tuple(point.tensors.values())
-        return Trace(tensors, y, Judged(judged.rows, judged.cost.detach()), memory)
+        memory.written += 1
+        found = Judged(judged.rows, judged.cost.detach())
+        return Trace(tensors, y, found, memory, memory.written)
 
     def _rows(self, point: Point) -> Tensor:
         """All rows r (m,)."""
@@ -184,7 +191,7 @@ class ChainProblem(NetworkProblem):
         return memory.y
 
     def _normal(self, x: Tensor, passes: object, damping: float = 0.0) -> TallSubproblem:
-        if not isinstance(passes, Trace) or passes.memory.owner is not passes:
+        if not (isinstance(passes, Trace) and passes.is_whole):
             passes = self._evaluate(x).passes
             assert isinstance(passes, Trace)
         if passes.memory is self._spare:
