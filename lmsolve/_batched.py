@@ -64,7 +64,7 @@ def curve_fit_many(
     absolute_sigma : bool, default False
         Whether `sigma` is absolute, and the covariance is not scaled by ``2 cost / dof``.
     mask : array of bool, shape (m,) or (B, m), optional
-        True for data to use. Data and model may be NaN where it is False.
+        True for data to use. Data, `sigma` and model may be NaN where it is False.
     bounds : tuple of (lower, upper)
         Each a number or an array of shape (n,) or (B, n).
     loss : {'linear', 'huber', 'soft_l1', 'cauchy', 'arctan'}
@@ -134,12 +134,10 @@ def curve_fit_many(
     predictors = xdata if isinstance(xdata, tuple) else (xdata,)
     xs = [inputs.rows(xp, f"xdata[{i}]", a, x0, (B, m)) for i, a in enumerate(predictors)]
     per_fit = tuple(a for a in xs if a.shape[0] > 1)
-    weight = (
-        None
-        if sigma is None
-        else 1 / inputs.positive(xp, inputs.rows(xp, "sigma", sigma, x0, (B, m)))
-    )
     keep = None if mask is None else inputs.mask(xp, mask, start, (B, m))
+    weight = None
+    if sigma is not None:
+        weight = 1 / inputs.positive(xp, inputs.rows(xp, "sigma", sigma, x0, (B, m)), keep)
 
     def call(function: Callable[..., Any]) -> Function:
         def evaluate(rows: Sequence[Array], args: tuple[Array, ...]) -> Any:

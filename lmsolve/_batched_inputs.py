@@ -55,11 +55,14 @@ def rows(xp: Namespace, name: str, a: Any, like: Array, shape: tuple[int, int]) 
     return a if a.ndim == 2 else a[None, :]
 
 
-def positive(xp: Namespace, sigma: Array) -> Array:
-    """sigma, which must be positive."""
-    (worst,) = to_floats(xp.min(sigma))
-    if not worst > 0:
-        raise ValueError(f"`sigma` must be positive, got {worst}.")
+def positive(xp: Namespace, sigma: Array, keep: Array | None) -> Array:
+    """sigma, positive where it is used; NaN of single fits is their own matter."""
+    used = xp.ones_like(sigma, dtype=xp.bool) if keep is None else keep
+    if sigma.shape[0] > 1:
+        used = used & ~xp.isnan(sigma)
+    (least,) = to_floats(xp.min(xp.where(used, sigma, xp.ones_like(sigma))))
+    if not least > 0:
+        raise ValueError(f"`sigma` must be positive, got {least}.")
     return sigma
 
 

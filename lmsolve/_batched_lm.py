@@ -73,15 +73,27 @@ class Fits:
     nit: Array
     njev: Array
 
-    def ended(self, nfev: Array) -> Ended:
+    def ended(self, nfev: Array, scatter: tuple[Array, Array] | None) -> Ended:
         """What is kept of them."""
+        again = int(scatter is not None)  # one linearisation more
         return Ended(
-            self.x, self.cost, self.gram, self.grad, self.status, self.nit, self.njev, nfev
+            self.x,
+            self.cost,
+            self.gram,
+            self.grad,
+            self.status,
+            self.nit,
+            self.njev + again,
+            nfev + again,
+            *(scatter or (self.gram[:0, ...], self.gram[:0, ...])),
         )
 
 
 class Ended(NamedTuple):
-    """What is kept of fits that have ended, as in `Fits`, and the evaluations of the model."""
+    """What is kept of fits that have ended, as in `Fits`, and the evaluations of the model.
+
+    curvature and squares are those of `Model.scatter`, empty without a loss.
+    """
 
     x: Array
     cost: Array
@@ -91,6 +103,8 @@ class Ended(NamedTuple):
     nit: Array
     njev: Array
     nfev: Array
+    curvature: Array
+    squares: Array
 
 
 NAMES = tuple(k.name for k in fields(Fits))
@@ -226,6 +240,26 @@ class Loop:
                 entered += more
             model = self.model.at(xp, fits.index)
 
+    def scatter(self, fits: Fits) -> tuple[Array, Array] | None:
+        """`Model.scatter` of fits that have ended, where a loss asks for it."""
+        if self.model.loss is None:
+            return None
+        xp, total, parts = self.xp, fits.index.shape[0], []
+        for start in range(0, max(total, 1), self.width):
+            some = between(fits, start, min(start + self.width, total))
+            model = self.model.at(xp, some.index)
+            f = model.values(xp, rows_of(some.x))
+            columns, step = self.derivative(xp, model, some.x, f, self._size(some))
+            parts.append(model.scatter(xp, f, columns, step))
+        curvature, squares = (xp.concat(arrays, axis=-1) for arrays in zip(*parts))
+        return curvature, squares
+
+    def _size(self, fits: Fits) -> Array:
+        """Sizes (n, b) of the parameters; one at zero has its size from what it does."""
+        xp = self.xp
+        norm_r = xp.sqrt(2 * fits.cost)
+        return xp.abs(fits.x) + xp.maximum(norm_r, 0.01 * fits.y_size) * fits.d
+
     def _enter(self, waiting: Fits, start: int, stop: int) -> tuple[Fits, Array, Model]:
         """Fits start..stop of the queue, their model values and their model."""
         xp = self.xp
@@ -245,9 +279,7 @@ class Loop:
     def _turn(self, fits: Fits, f: Array, model: Model) -> tuple[Fits, Array, Array]:
         """One linearisation and one trial for every fit: fits, values at the trial, who moved."""
         xp, running = self.xp, fits.status == RUNNING
-        norm_r = xp.sqrt(2 * fits.cost)
-        # A parameter at zero has its size from what it does to the model.
-        size = xp.abs(fits.x) + xp.maximum(norm_r, 0.01 * fits.y_size) * fits.d
+        norm_r, size = xp.sqrt(2 * fits.cost), self._size(fits)
         fits = self._linearise(fits, f, model, size, running)
         free = None if model.lower is None else _free(xp, model, fits)
         slope = fits.grad if free is None else fits.grad * free

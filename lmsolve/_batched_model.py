@@ -93,27 +93,41 @@ class Model:
         return xp.sqrt(dot(xp, y, y))
 
     def cost(self, xp: Namespace, r: Array) -> Array:
-        """0.5 sum(rho(r**2)) (b,)."""
+        """0.5 sum(rho(r**2)) (b,); NaN where a residual is not finite."""
         if self.loss is None:
             return 0.5 * dot(xp, r, r)
         C = self.loss.f_scale
-        return 0.5 * C**2 * xp.sum(self.loss.rho(xp, (r / C) ** 2)[0], axis=1)
+        cost = 0.5 * C**2 * xp.sum(self.loss.rho(xp, (r / C) ** 2)[0], axis=1)
+        return cost + 0.0 * xp.max(xp.abs(r), axis=1)  # see Loss.cost
 
     def normal(
         self, xp: Namespace, f: Array, columns: list[Array], step: Array | None
     ) -> tuple[Array, Array]:
         """J'J (n, n, b) and J'r (n, b) of the weighted, loss-corrected residuals at f."""
         r = self.residual(xp, f)
-        if self.weight is not None or self.keep is not None:
-            columns = [self.weigh(xp, c) for c in columns]
+        columns = self._weighed(xp, columns)
         if self.loss is not None:
             factor, r = _corrected(xp, self.loss, r)
             columns = [c * factor for c in columns]
         gram, grad = _products(xp, columns, r)
-        if step is None:
-            return gram, grad
-        inverse = 1 / step
-        return gram * (inverse[:, None, :] * inverse[None, :, :]), grad * inverse
+        return _divided(gram, step), grad if step is None else grad / step
+
+    def scatter(
+        self, xp: Namespace, f: Array, columns: list[Array], step: Array | None
+    ) -> tuple[Array, Array]:
+        """Curvature of a robust cost and sum of the squared gradients of its terms (n, n, b)."""
+        assert self.loss is not None
+        r = self.residual(xp, f)
+        columns = self._weighed(xp, columns)
+        curved, scored = self.loss.curvature_weights(xp, r), self.loss.scores(xp, r)
+        curvature, _ = _products(xp, [c * curved for c in columns], r)
+        squares, _ = _products(xp, [c * scored for c in columns], r)
+        return _divided(curvature, step), _divided(squares, step)
+
+    def _weighed(self, xp: Namespace, columns: list[Array]) -> list[Array]:
+        if self.weight is None and self.keep is None:
+            return columns
+        return [self.weigh(xp, c) for c in columns]
 
 
 def device_of(a: Array) -> dict[str, Any]:
@@ -171,6 +185,14 @@ def _products(xp: Namespace, columns: list[Array], r: Array) -> tuple[Array, Arr
     return gram, xp.stack([dot(xp, c, r) for c in columns])
 
 
+def _divided(gram: Array, step: Array | None) -> Array:
+    """Products (n, n, b) of columns that came undivided by their steps (n, b)."""
+    if step is None:
+        return gram
+    inverse = 1 / step
+    return gram * (inverse[:, None, :] * inverse[None, :, :])
+
+
 def forward(
     xp: Namespace, model: Model, x: Array, f: Array, size: Array
 ) -> tuple[list[Array], Array]:
@@ -201,9 +223,13 @@ def central(
 
 
 def _away(model: Model, xp: Namespace, x: Array, h: Array) -> Array:
-    """x + h (n, b), or x - h where that would pass the upper bound."""
+    """x + h (n, b), x - h where that would pass the upper bound, or the farther bound."""
     ahead = x + h
-    return ahead if model.upper is None else xp.where(ahead <= model.upper, ahead, x - h)
+    if model.upper is None or model.lower is None:
+        return ahead
+    ahead = xp.where(ahead <= model.upper, ahead, x - h)
+    farther = xp.where(model.upper - x >= x - model.lower, model.upper, model.lower)
+    return xp.where(ahead >= model.lower, ahead, farther)
 
 
 def rows_of(x: Array) -> list[Array]:

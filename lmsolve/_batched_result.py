@@ -59,16 +59,27 @@ class ManyFitsResult(OptimizeResult):  # type: ignore[misc]  # SciPy carries no 
         -------
         array, shape (B, n, n)
             ``inv(J' J)``, times ``2 cost / dof`` unless sigma is absolute; all infinite for a
-            fit whose ``J' J`` is singular, or whose scale is not known because dof <= 0.
+            fit whose ``J' J`` is singular, or whose scale is not known because dof <= 0. With a
+            robust loss the sandwich ``inv(H) (J' diag(rho' r)**2 J) inv(H)``, times
+            ``m / dof``, H being the curvature of the cost (Huber 1981, section 6.3), as in
+            single fits.
         """
         xp = array_namespace(self.x)
+        robust = self._scatter is not None
+        gram = self._scatter[0] if robust else self.gram
         with np.errstate(all="ignore"):
-            inverse, regular = invert(xp, xp.permute_dims(self.gram, (1, 2, 0)))
-        if not self._absolute_sigma:
-            inverse = inverse * (2 * self.cost / xp.where(self.dof > 0, self.dof, 1.0))
+            inverse, regular = invert(xp, xp.permute_dims(gram, (1, 2, 0)))
+        inverse = xp.permute_dims(inverse, (2, 0, 1))
+        dof = xp.where(self.dof > 0, self.dof, 1.0)
+        if robust:
+            inverse = inverse @ self._scatter[1] @ inverse
+            scale = (self.dof + self.x.shape[1]) / dof
+        else:
+            scale = 2 * self.cost / dof
+        if robust or not self._absolute_sigma:
+            inverse = inverse * scale[:, None, None]
             regular = regular & (self.dof > 0)
-        inverse = xp.where(regular, inverse, xp.inf)
-        return xp.permute_dims(inverse, (2, 0, 1))
+        return xp.where(regular[:, None, None], inverse, xp.inf)
 
     def stderr(self) -> Array:
         """Standard errors of the parameters.
@@ -92,6 +103,7 @@ def as_result(
         active = xp.where(fits.x >= model.upper, 1.0, xp.where(fits.x <= model.lower, -1.0, active))
     finite = xp.isfinite(xp.sum(fits.gram, axis=(0, 1))) & xp.isfinite(fits.cost)
     status = xp.where((fits.status == STALLED) & ~finite, NOT_FINITE, fits.status)
+    scatter = tuple(xp.permute_dims(a, (2, 0, 1)) for a in (fits.curvature, fits.squares))
     return ManyFitsResult(
         x=_fits_first(xp, fits.x),
         cost=fits.cost,
@@ -105,6 +117,7 @@ def as_result(
         njev=fits.njev,
         dof=dof,
         _absolute_sigma=absolute_sigma,
+        _scatter=None if model.loss is None else scatter,
     )
 
 

@@ -53,7 +53,7 @@ def run(
                 fits = fresh(xp, start[:, a:b], index[a:b])
                 fits = _through(xp, stages, fits)
                 # Every trial is an evaluation, and so is the start of every stage.
-                parts.append(fits.ended(nfev=fits.nit + len(stages)))
+                parts.append(fits.ended(fits.nit + len(stages), stages[-1].scatter(fits)))
                 bar(b - a)
         return parts
 

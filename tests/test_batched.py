@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
+from lmsolve import least_squares
 from lmsolve._batched import curve_fit_many, least_squares_many
 from lmsolve._batched_lm import invert, solve_spd
 from lmsolve._batched_model import ByTorch, Model
@@ -287,6 +288,37 @@ def test_covariance_is_that_of_curve_fit(absolute):
         np.testing.assert_allclose(result.stderr()[i], np.sqrt(np.diag(pcov)), rtol=1e-6)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("loss", ["huber", "soft_l1", "cauchy", "arctan"])
+def test_standard_errors_with_a_loss_are_those_of_single_fits(loss, masked):
+    true, y = decays(4)
+    y[:, ::9] += 0.3
+    mask = np.ones(50, dtype=bool)
+    mask[7:12] = not masked
+    options = {"loss": loss, "f_scale": 0.1}
+    many = curve_fit_many(decay, X, y, true, mask=mask, **options)
+    for i in range(4):
+        alone = least_squares(
+            lambda p, i=i: (decay(X, *p) - y[i])[mask],
+            many.x[i],
+            lambda p: decay_jac(X, *p)[mask],
+            **options,
+        )
+        np.testing.assert_allclose(many.x[i], alone.x, rtol=1e-6)
+        np.testing.assert_allclose(many.covariance()[i], alone.covariance(), rtol=2e-5)
+        np.testing.assert_allclose(many.stderr()[i], alone.standard_errors(), rtol=1e-5)
+
+
+def test_errors_with_a_loss_do_not_depend_on_chunks_or_steps():
+    true, y = decays(40)
+    options = {"loss": "cauchy", "f_scale": 0.1}
+    whole = curve_fit_many(decay, X, y, true, **options)
+    chunks = curve_fit_many(decay, X, y, true, memory=50_000, **options)
+    exact = curve_fit_many(decay, X, y, true, jac=decay_columns, **options)
+    assert np.array_equal(whole.covariance(), chunks.covariance())
+    np.testing.assert_allclose(whole.stderr(), exact.stderr(), rtol=1e-6)
+
+
 def test_sigma_may_be_per_fit():
     _, y = decays(4)
     sigma = np.linspace(0.5, 2, 4)[:, None] * np.linspace(0.02, 0.2, 50)
@@ -310,6 +342,20 @@ def test_masked_data_count_for_nothing_even_if_nan():
         alone = curve_fit_many(decay, X[kept], y[i : i + 1, kept], [2.0, 1.0, 0.5])
         np.testing.assert_allclose(result.x[i], alone.x[0], rtol=1e-9)
         np.testing.assert_allclose(result.covariance()[i], alone.covariance()[0], rtol=1e-6)
+
+
+def test_sigma_may_be_nan_where_masked_and_nan_of_one_fit_is_its_own():
+    _, y = decays(3)
+    kept = np.arange(50) % 3 > 0
+    sigma = np.where(kept, 0.05, np.nan)
+    result = curve_fit_many(decay, X, y, [2.0, 1.0, 0.5], sigma=sigma, mask=kept)
+    plain = curve_fit_many(decay, X, y, [2.0, 1.0, 0.5], mask=kept)
+    np.testing.assert_allclose(result.x, plain.x, rtol=1e-9)
+    sigma = np.full((3, 50), 0.05)
+    sigma[1, 4] = np.nan
+    result = curve_fit_many(decay, X, y, [2.0, 1.0, 0.5], sigma=sigma)
+    assert result.status[1] == -3
+    assert result.success[[0, 2]].all()
 
 
 def test_one_mask_for_all():
@@ -355,6 +401,22 @@ def test_bounds_hold_at_every_call_and_at_the_end():
         assert result.cost[i] <= scipy_s.cost * (1 + 1e-8)
 
 
+@pytest.mark.parametrize("jac", [None, "2-point", "3-point"])
+def test_differences_stay_in_a_box_narrower_than_their_steps(jac):
+    _, y = decays(6)
+    lower = np.array([2.0, 1.0, 0.5])
+    upper = lower * (1 + 1e-9)
+    met = []
+
+    def model(x, a, k, c):
+        met.append(all(((lo <= p) & (p <= up)).all() for p, lo, up in zip((a, k, c), lower, upper)))
+        return decay(x, a, k, c)
+
+    result = curve_fit_many(model, X, y, lower, bounds=(lower, upper), jac=jac)
+    assert all(met)
+    assert result.success.all()
+
+
 def test_bounds_may_be_per_fit_and_start_on_the_bound():
     _, y = decays(3)
     free = curve_fit_many(decay, X, y, [2.0, 1.0, 0.5])
@@ -385,6 +447,15 @@ def test_bad_fits_harm_no_other():
     others = np.setdiff1d(np.arange(30), lost)
     assert np.array_equal(result.x[others], good.x[others])
     assert np.array_equal(result.status[others], good.status[others])
+
+
+@pytest.mark.parametrize("loss", ["huber", "soft_l1", "cauchy", "arctan"])
+def test_infinite_data_end_a_fit_whatever_the_loss(loss):
+    _, y = decays(5)
+    y[1, 3], y[2, 4], y[3, 5] = np.inf, -np.inf, np.nan
+    result = curve_fit_many(decay, X, y, [2.0, 1.0, 0.5], loss=loss, f_scale=0.1)
+    assert (result.status[1:4] == -3).all()
+    assert (result.status[[0, 4]] > 0).all()
 
 
 def test_nan_on_the_way_is_a_rejected_trial():
