@@ -32,6 +32,9 @@ from ._xp import (
     to_numpy,
 )
 
+#: In place of a Jacobian that has served, so that its memory is free while `jac` makes another.
+FREED = np.empty((0, 0))
+
 
 class LeastSquaresProblem(Protocol):
     """The seam: what the solver needs. ``r`` may be any handle that the problem understands."""
@@ -115,7 +118,11 @@ class Problem:
         if self._pending is not None:
             J, self._pending = self._pending, None
             return J
-        return self.taken(self._differenced(x, r) if self.jac is None else self.jac(x), x, r)
+        if self.jac is None:
+            return self.taken(self._differenced(x, r), x, r)
+        if self.J is not None:
+            self.J = FREED
+        return self.taken(self.jac(x), x, r)
 
     def taken(self, J: Any, x: Array, r: Array) -> Any:
         """A Jacobian that was just made at x (n,), checked and kept."""

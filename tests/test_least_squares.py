@@ -3,7 +3,9 @@
 import copy
 import pickle
 import sys
+import tracemalloc
 import types
+import weakref
 from unittest.mock import Mock
 
 import numpy as np
@@ -57,6 +59,35 @@ def test_differences(scheme):
 )  # fmt: skip
 def test_every_kind_of_jacobian(jac):
     assert_best(least_squares(DECAY.fun, X0, jac))
+
+
+@pytest.mark.parametrize("loss", ["linear", "huber"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_a_fit_copies_no_jacobian_and_keeps_one_at_a_time(order, loss):
+    rng = np.random.default_rng(0)
+    m, n = 80_000, 100
+    A = rng.standard_normal((m, n))
+    y = np.tanh(A @ rng.normal(0, 0.1, n)) + 0.01 * rng.standard_normal(m)
+    kept = []
+
+    def jac(x):
+        assert not kept or kept[-1]() is None
+        J = np.empty((m, n), order=order)
+        np.multiply(A, (1.0 - np.tanh(A @ x) ** 2)[:, None], out=J)
+        kept.append(weakref.ref(J))
+        return J
+
+    options = {"loss": loss, "f_scale": 0.01}
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        result = least_squares(lambda x: np.tanh(A @ x) - y, np.zeros(n), jac, **options)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert result.success and result.njev > 2
+    assert result.jac is kept[-1]()
+    assert peak - before <= 1.5 * A.nbytes  # J itself, and a block of weighted rows
 
 
 def test_residuals_in_blocks_too():
