@@ -45,9 +45,17 @@ class Box(NamedTuple):
         return at_lower | at_upper | (self.lb == self.ub)
 
 
-def active_mask(x: np.ndarray, lb: np.ndarray, ub: np.ndarray) -> np.ndarray:
-    """-1 at a lower bound, 1 at an upper bound, 0 elsewhere; (n,) of int."""
-    return np.where(x <= lb, -1, np.where(x >= ub, 1, 0))
+def active_mask(
+    x: np.ndarray, lb: np.ndarray, ub: np.ndarray, grad: np.ndarray, reach: np.ndarray
+) -> np.ndarray:
+    """-1 at a lower bound, 1 at an upper bound, 0 elsewhere; (n,) of int.
+
+    A parameter that the gradient presses is at its bound from ``reach`` (n,) on: a run may end
+    when what is left of the way to the bound is less than its tolerance for steps.
+    """
+    at_lower = (x <= lb) | ((x <= lb + reach) & (grad > 0))
+    at_upper = (x >= ub) | ((x >= ub - reach) & (grad < 0))
+    return np.where(at_lower, -1, np.where(at_upper, 1, 0))
 
 
 def optimality(x: np.ndarray, grad: np.ndarray, lb: np.ndarray, ub: np.ndarray) -> float:

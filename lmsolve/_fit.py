@@ -439,9 +439,12 @@ class Fit:
             none = np.zeros(n, dtype=int)
             return float(np.maximum.reduce(np.abs(g))), none, none.astype(bool)
         x, g = to_numpy(state.x).astype(float), g.astype(float)
-        active = _bounds.active_mask(x, self.lb, self.ub)
+        D = to_numpy(state.point.D).astype(float)
+        reach = self.solver.xtol * float(np.linalg.norm(D * x)) / D
+        active = _bounds.active_mask(x, self.lb, self.ub, g, reach)
+        close = (active != 0) & (x > self.lb) & (x < self.ub)
         optimality = _bounds.optimality(x, g, self.lb, self.ub)
-        return optimality, active, np.asarray(to_numpy(state.point.d) == 0)
+        return optimality, active, np.asarray(to_numpy(state.point.d) == 0) | close
 
     def _linearized(self, state: LMState) -> LMState:
         """The state of a run that deferred, with its linearisation.

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from lmsolve import least_squares
 from lmsolve._bounds import Box, active_mask, optimality
 
 INF = np.inf
@@ -37,8 +38,28 @@ def test_held(xp, box, x, grad, held):
 
 
 def test_active_mask():
-    lb, ub = np.array([0.0, 0.0, 0.0]), np.array([1.0, 1.0, INF])
-    np.testing.assert_array_equal(active_mask(np.array([0.0, 1.0, 0.5]), lb, ub), [-1, 1, 0])
+    lb, ub = np.zeros(5), np.array([1.0, 1.0, INF, 1.0, 1.0])
+    x = np.array([0.0, 1.0, 0.5, 1.0 - 1e-9, 1e-9])
+    reach, grad = np.full(5, 1e-8), np.array([1.0, -1.0, 0.0, -1.0, 1.0])
+    np.testing.assert_array_equal(active_mask(x, lb, ub, grad, reach), [-1, 1, 0, 1, -1])
+    np.testing.assert_array_equal(active_mask(x, lb, ub, -grad, reach), [-1, 1, 0, 0, 0])
+    np.testing.assert_array_equal(active_mask(x, lb, ub, grad, 0.0 * reach), [-1, 1, 0, 0, 0])
+
+
+def test_a_parameter_that_ends_just_short_of_its_bound_counts_as_at_it():
+    t = np.linspace(0.1, 10, 20)
+    rng = np.random.default_rng(0)
+    short = 0
+    for _ in range(40):
+        true = rng.uniform([1, 0.5], [5, 3])
+        y = true[0] * t / (true[1] + t) + 0.03 * rng.standard_normal(20)
+        bounds = ([0.6, 0.25], [4.2, 2.5])
+        result = least_squares(lambda p, y=y: p[0] * t / (p[1] + t) - y, [2.0, 1.0], bounds=bounds)
+        pressed = np.abs(result.grad) > 1e-5
+        assert np.array_equal(result.active_mask != 0, pressed)
+        assert np.array_equal(result.standard_errors() == 0, pressed)
+        short += int(np.any(pressed & (result.x > bounds[0]) & (result.x < bounds[1])))
+    assert short > 0
 
 
 def test_optimality_vanishes_exactly_at_first_order_points():
