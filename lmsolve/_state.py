@@ -1,19 +1,18 @@
 """The state of a run: what must be kept to go on, and how it is saved.
 
-Everything but ``residual`` and ``subproblem`` is saved; these two follow from x, and `resume`
-evaluates them anew. A resumed run takes the same steps, to the last bit, as one never interrupted.
+Everything but ``point``, the residuals and the linearisation at x, is saved: `resume` evaluates
+these anew. A resumed run takes the same steps, to the last bit, as one never interrupted.
 """
 
 from __future__ import annotations
 
 import os
-import tempfile
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ._damping import Damping
+from ._files import replacing
 from ._xp import Array, convert, to_numpy
 
 #: Version of the file format, raised when a field changes its meaning.
@@ -112,7 +111,6 @@ class LMState(NamedTuple):
         path : path-like
             File to write, a NumPy archive.
         """
-        target = Path(path)
         fields = {name: value for name, value in self._asdict().items() if name in _SCALARS}
         arrays = {name: np.asarray(value) for name, value in fields.items() if value is not None}
         arrays["x"] = to_numpy(self.x)
@@ -122,16 +120,8 @@ class LMState(NamedTuple):
             arrays["scale"] = to_numpy(self.scale)
         for i, (x, p) in enumerate(self.trail):
             arrays[f"trail_{i}"] = np.stack([to_numpy(x), to_numpy(p)])
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, allow_pickle=False, **arrays)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, target)
-        except BaseException:
-            os.unlink(name)
-            raise
+        with replacing(path) as file:
+            np.savez(file, allow_pickle=False, **arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], like: Array = None) -> LMState:

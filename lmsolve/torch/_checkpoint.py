@@ -1,31 +1,22 @@
-"""Checkpoints that are whole or absent, whatever kills the process."""
+"""The checkpoints of a fit: what is in a file, and when one is due."""
 
 from __future__ import annotations
 
 import os
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from lmsolve._files import replacing
 
 VERSION = 1
 
 
 def save(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
-    """Write a checkpoint beside ``path``, flush it to the disk, and move it there in one step."""
-    target = Path(path)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save({"version": VERSION, **content}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, target)
-    except BaseException:
-        os.unlink(name)
-        raise
+    """Write a checkpoint; whatever kills the process, the old one or the new one is whole."""
+    with replacing(path) as file:
+        torch.save({"version": VERSION, **content}, file)
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
