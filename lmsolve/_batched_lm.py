@@ -35,7 +35,7 @@ from ._batched_model import Derivative, Model, rows_of
 from ._xp import Array, Namespace, eps, to_floats
 
 RUNNING = -10  # internal: the fit has not ended
-NOT_FINITE, STALLED = -3, -5  # -4 is the singular system of single fits
+NOT_FINITE, STUCK = -3, -5  # as of single fits, whose -4 is a singular system
 MU_FIRST = 1e-2  # relative to the diagonal of J'J
 # Factors of mu by the gain ratio, above 0.75, above 0.25 and below (More 1978 and Nielsen 1999
 # change a radius and mu by less), and after a rejection: of twelve triples measured on five kinds
@@ -354,7 +354,7 @@ class Loop:
         nit = fits.nit + xp.astype(going, fits.nit.dtype)
         status = xp.where(going & (nit >= limits.max_nit), 0, fits.status)
         stuck = going & ~accepted & ~(trial.moved > small)
-        status = xp.where(stuck, STALLED, status)
+        status = xp.where(stuck, STUCK, status)
         status = xp.where(f_met | (stuck & (trial.cosine <= small ** (1 / 3))), 2, status)
         status = xp.where(x_met, 3, status)
         status = xp.where(x_met & f_met, 4, status)

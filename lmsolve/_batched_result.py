@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.optimize import OptimizeResult
 
-from ._batched_lm import NOT_FINITE, STALLED, Ended, invert
+from ._batched_lm import NOT_FINITE, STUCK, Ended, invert
 from ._batched_model import Model
 from ._xp import Array, Namespace, array_namespace
 
@@ -16,7 +16,7 @@ MESSAGES = {
     1: "`gtol` reached: the gradient is zero to the tolerance.",
     0: "`max_nit` reached before convergence.",
     NOT_FINITE: "Residuals or derivatives are not finite.",
-    STALLED: "No step lowers the cost, though the gradient is not zero: check the derivatives.",
+    STUCK: "No step lowers the cost, though the gradient is not zero: check the derivatives.",
 }
 
 
@@ -102,7 +102,7 @@ def as_result(
     if model.lower is not None:
         active = xp.where(fits.x >= model.upper, 1.0, xp.where(fits.x <= model.lower, -1.0, active))
     finite = xp.isfinite(xp.sum(fits.gram, axis=(0, 1))) & xp.isfinite(fits.cost)
-    status = xp.where((fits.status == STALLED) & ~finite, NOT_FINITE, fits.status)
+    status = xp.where((fits.status == STUCK) & ~finite, NOT_FINITE, fits.status)
     scatter = tuple(xp.permute_dims(a, (2, 0, 1)) for a in (fits.curvature, fits.squares))
     return ManyFitsResult(
         x=_fits_first(xp, fits.x),

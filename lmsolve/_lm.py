@@ -35,7 +35,7 @@ from ._linalg import LinAlgError
 from ._problem import LeastSquaresProblem
 from ._start import finite_cost, first_radius, first_scale
 from ._state import LMState
-from ._status import BOTH, FTOL, GTOL, MAX_NFEV, SINGULAR, STALLED, STUCK, XTOL
+from ._status import BOTH, FTOL, GTOL, MAX_NFEV, NOT_FINITE, SINGULAR, STUCK, XTOL
 from ._trust import Step
 from ._xp import Array, Namespace, eps, on_host, to_floats
 
@@ -295,7 +295,7 @@ class LevenbergMarquardt:
         norms = state.point.D if sub.norms is None else sub.norms
         steepest, longest = to_floats(_largest_ratio(xp, g, norms), xp.max(norms))
         if not math.isfinite(steepest + longest):
-            return state._replace(status=STALLED, value=steepest, limit=self.gtol)
+            return state._replace(status=NOT_FINITE, value=steepest, limit=self.gtol)
         cosine = steepest / rnorm if rnorm > 0 else 0.0
         if cosine == 0.0:
             return state._replace(status=GTOL, value=0.0, limit=self.gtol)

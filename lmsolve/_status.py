@@ -5,7 +5,7 @@ from __future__ import annotations
 from ._state import LMState
 
 CALLBACK, MAX_NFEV, GTOL, FTOL, XTOL, BOTH = -2, 0, 1, 2, 3, 4
-STALLED, SINGULAR, STUCK = -3, -4, -5
+NOT_FINITE, SINGULAR, STUCK = -3, -4, -5
 #: Why a run ended, by status.
 MESSAGES: dict[int | None, str] = {
     CALLBACK: "The callback asked to stop.",
@@ -14,7 +14,7 @@ MESSAGES: dict[int | None, str] = {
     FTOL: "`ftol` reached: {value:.1e} <= {limit:.1e}.",
     XTOL: "`xtol` reached: {value:.1e} <= {limit:.1e}.",
     BOTH: "`ftol` and `xtol` reached: {value:.1e} <= {limit:.1e}.",
-    STALLED: "The Jacobian is not finite at the best point found.",
+    NOT_FINITE: "The Jacobian is not finite at the best point found.",
     STUCK: "No step from the best point, however small, has a finite cost below it.",
     SINGULAR: "The damped system stayed singular up to a damping of {damping:.1e}.",
     None: "Still running.",

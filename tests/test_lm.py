@@ -9,7 +9,7 @@ import pytest
 from lmsolve import LevenbergMarquardt, least_squares
 from lmsolve._bounds import Box
 from lmsolve._problem import Problem
-from lmsolve._status import MAX_NFEV, STALLED
+from lmsolve._status import MAX_NFEV, NOT_FINITE
 from tests.nist import load
 from tests.problems import PROBLEMS
 from tests.tools import Counted, Decay, rosenbrock, rosenbrock_jac
@@ -128,7 +128,7 @@ def test_a_jacobian_that_is_no_longer_finite_ends_the_run(n, column, bad):
     x0[0] = -1.2
     with np.errstate(over="ignore", invalid="ignore"):
         result = least_squares(fun, x0, jac)
-    assert (result.status, result.success) == (STALLED, False)
+    assert (result.status, result.success) == (NOT_FINITE, False)
     assert "not finite" in result.message
     assert result.cost < 0.5 * np.sum(fun(x0) ** 2) and np.isfinite(result.x).all()
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import _checkpoint
 from ._data import Drawn, Samples
-from ._descent import Descent
+from ._descent import CALLBACK, FTOL, GTOL, LIMIT, STALLED, XTOL, Descent
 from ._losses import ResidualFunction
 from ._network import Batch
 from ._optimizer import check_devices
@@ -29,12 +29,12 @@ ATTEMPTS = 5
 KEPT_SHARE, GROWTH = 0.5, 2
 
 MESSAGES = {
-    -3: "No step from here lowers the cost.",
-    -2: "Stopped by `callback`.",
-    0: "The limit of steps or seconds is reached.",
-    1: "`gtol` reached.",
-    2: "`ftol` reached.",
-    3: "`xtol` reached.",
+    STALLED: "No step from here lowers the cost.",
+    CALLBACK: "Stopped by `callback`.",
+    LIMIT: "The limit of steps or seconds is reached.",
+    GTOL: "`gtol` reached.",
+    FTOL: "`ftol` reached.",
+    XTOL: "`xtol` reached.",
 }
 
 HISTORY = (
@@ -286,9 +286,9 @@ class _Run:
             assert session.state is not None and session.problem is not None
             self.elapsed = time.perf_counter() - start
             if self.steps >= max_steps:
-                return 0
+                return LIMIT
             if max_seconds is not None and session.agreed(self.elapsed) >= max_seconds:
-                return 0
+                return LIMIT
             cost_old = session.state.cost
             x_old = session.x if self.grow else None
             trial = session.trial()
@@ -303,7 +303,7 @@ class _Run:
                 gain = (cost_old - trial.cost) / self._samples_in_cost(size)
                 self.last = None if x_old is None or not gain > 0 else (x_old, gain)
             if self.callback is not None and session.agreed(self._stopped_by_callback()):
-                return -2
+                return CALLBACK
             if self._one_batch:
                 if status is not None:
                     return status
