@@ -22,9 +22,8 @@ from typing import NamedTuple
 
 #: A step is accepted from this gain ratio on (More 1978, section 5).
 ACCEPT = 1e-4
+#: Below the one a step is poor, from the other on it is good.
 POOR, GOOD = 0.25, 0.75
-
-
 #: From this many parameters on mu leads, if a squared pivot of the scaled normal matrix falls short
 #: of OPEN. A reconstruction of 15,450 parameters takes 6 evaluations then instead of 13; where all
 #: is determined the radius is faster (5 evaluations instead of 14 on a discrete boundary value).

@@ -49,6 +49,7 @@ class Iteration(NamedTuple):
 
 
 def iteration(state: LMState, polishing: bool) -> Iteration:
+    """The entry for the trial that led to a state."""
     return Iteration(
         state.nfev,
         state.nit,
@@ -88,6 +89,7 @@ HEADER = (
 
 
 def line(i: Iteration) -> str:
+    """An entry as it is printed, below HEADER."""
     mark = "" if i.accepted else "  rejected"
     mark += "  polish" if i.polishing else ""
     return (

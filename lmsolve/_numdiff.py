@@ -51,11 +51,6 @@ class Differences:
     rel_step: np.ndarray | float | None = None
     map: Map = map
 
-    @property
-    def evaluations_per_column(self) -> int:
-        """Residual evaluations that one column costs."""
-        return 2 if self.kind == "3-point" else 1
-
     def steps(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Signed steps (n,) and a mask (n,) of columns that must be one-sided at a bound."""
         one_sided = np.zeros(x.shape, dtype=bool)

@@ -73,8 +73,14 @@ class Problem:
         A robust loss; None is the plain sum of squares.
     sparsity : Sparsity or None
         Structure of the Jacobian to difference in groups of columns.
+    linear_solver : pair or None
+        What the caller said of it: a name or None, and options.
     sums : LocalSums
         Takes the sums over rows.
+    norms_needed : bool
+        Whether the scale of the parameters is that of the columns of the Jacobian.
+    precision : float
+        Relative error of the residuals.
     """
 
     xp: Namespace

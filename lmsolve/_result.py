@@ -65,7 +65,7 @@ class LeastSquaresResult(OptimizeResult):  # type: ignore[misc]  # SciPy has no 
         Residual evaluations (differences not counted), Jacobians and accepted steps.
     status : int
         Why it ended: 1 `gtol`, 2 `ftol`, 3 `xtol`, 4 both, 0 `max_nfev`, -2 the callback,
-        -3 a Jacobian that is not finite, -4 a singular system.
+        -3 a Jacobian that is not finite, -4 a singular system, -5 no step with a lower cost.
     message : str
         The same in words, with the figures.
     success : bool

@@ -1,10 +1,10 @@
 """Subproblems of sparse Jacobians and of operators, on SciPy.
 
 A sparse J is served by a sparse factorisation of the scaled normal matrix where that stays sparse
-(a row with k entries puts k^2 into J'J: the sum over rows is known beforehand), else by LSMR on the
-rows. An operator is only multiplied with, and its step is found by conjugate gradients that stop at
-the edge of the trust region (T. Steihaug 1983, "The conjugate gradient method and trust regions in
-large scale optimization").
+(a row with k entries puts k^2 into J'J: the sum over rows is known beforehand). Any other, and an
+operator, is only multiplied with: its step is found by conjugate gradients that stop at the edge of
+the trust region (T. Steihaug 1983, "The conjugate gradient method and trust regions in large scale
+optimization").
 """
 
 from __future__ import annotations

@@ -5,13 +5,13 @@ J = J_h D, and its singular value decomposition J_h = U S V':
 
     covariance = s2 D^-1 V S^-2 V' D^-1,      s2 = 2 cost / (m - rank)                     (1)
 
-Singular values below ``eps max(m, k) s_max`` are zero: their right vectors are the null directions,
-along which the data say nothing, and a parameter with a part in one of them has an infinite
-standard error. A robust loss gets the sandwich ``H^-1 (J' diag(psi^2) J) H^-1 m / (m - rank)``
-with ``psi = rho' r`` and H the Hessian of the cost in the Gauss-Newton form (P. Huber, "Robust
-statistics" (1981), section 6.3). Profile intervals fix one parameter, fit the rest, and look for
-the value at which the cost has risen by the quantile (D. Bates, D. Watts, "Nonlinear regression
-analysis and its applications" (1988), section 6.1).
+Singular values below `_linalg.negligible` of the largest are zero: their right vectors are the null
+directions, along which the data say nothing, and a parameter with a part in one of them has an
+infinite standard error. A robust loss gets the sandwich ``H^-1 (J' diag(psi^2) J) H^-1 m / (m -
+rank)`` with ``psi = rho' r`` and H the Hessian of the cost in the Gauss-Newton form (P. Huber,
+"Robust statistics" (1981), section 6.3). Profile intervals fix one parameter, fit the rest, and
+look for the value at which the cost has risen by the quantile (D. Bates, D. Watts, "Nonlinear
+regression analysis and its applications" (1988), section 6.1).
 """
 
 from __future__ import annotations

@@ -105,8 +105,7 @@ def to_floats(*scalars: Array) -> list[float]:
     if xp is np:
         return [float(s) for s in scalars]
     kept = next(s for s in scalars if not isinstance(s, float))
-    wide = _widest(xp)
-    device = array_api_compat.device(kept)
+    wide, device = xp.float64, array_api_compat.device(kept)
     stacked = xp.stack(
         [
             xp.asarray(s, dtype=wide, device=device) if isinstance(s, float) else xp.astype(s, wide)
@@ -142,11 +141,6 @@ def convert(a: Array, like: Array) -> Array:
     return xp.astype(a, like.dtype, copy=False)
 
 
-def _widest(xp: Namespace) -> Any:
-    """float64, in which costs are summed whatever the dtype of the residuals."""
-    return xp.float64
-
-
 def dot_itself(r: np.ndarray) -> float:
     """``r @ r`` of a NumPy vector in float64; inf, without a warning, where it overflows.
 
@@ -164,7 +158,7 @@ def sum_squares(xp: Namespace, r: Array) -> Array:
     """0-d ``sum(r**2)``, accumulated in float64; inf, without a warning, where it overflows."""
     if xp is np:
         return np.float64(dot_itself(r))
-    r = xp.astype(r, _widest(xp), copy=False)
+    r = xp.astype(r, xp.float64, copy=False)
     return r @ r
 
 
@@ -186,7 +180,7 @@ def shares_memory(a: Array, b: Array) -> bool:
 
 def total(xp: Namespace, a: Array) -> Array:
     """0-d sum of all elements, accumulated in float64."""
-    return xp.sum(a, dtype=_widest(xp))
+    return xp.sum(a, dtype=xp.float64)
 
 
 def norm(xp: Namespace, v: Array) -> Array:
