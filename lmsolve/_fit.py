@@ -202,9 +202,7 @@ class Fit:
 
     def _differences(self, jac: Any, precision: float) -> Differences:
         o = self.options
-        typical = np.abs(to_numpy(self.x0).astype(float, copy=False))
-        if np.count_nonzero(typical) < typical.shape[0]:
-            typical[typical == 0] = 1.0
+        typical = np.array([abs(v) or 1.0 for v in to_numpy(self.x0).tolist()])
         if self.box is None and o.diff_step is None:
             return Differences(o.jac, typical, precision)
         step = _validate.difference_step(o.diff_step, typical.shape[0])

@@ -91,6 +91,8 @@ def is_problem(fun: Any) -> bool:
     Of a callable its class must have them: a function may have attributes, or any that is asked
     for (a mock).
     """
+    if not hasattr(fun, "linearize"):  # a class would format an error before it says no
+        return False
     owner = type(fun) if callable(fun) else fun
     return all(hasattr(owner, name) for name in ("residual", "cost", "linearize"))
 

@@ -13,6 +13,7 @@ import numpy as np
 from ._bounds import Box
 from ._loss import LOSSES, Loss, UserLoss
 from ._xp import (
+    FLOAT,
     Array,
     all_finite,
     array_namespace,
@@ -41,7 +42,7 @@ def one_of(value: Any, name: str, allowed: Sequence[Any]) -> None:
 def parameters(x0: Any, name: str = "x0") -> Array:
     """x0 as a floating array (n,) that the caller does not share."""
     if type(x0) is np.ndarray and x0.dtype.kind == "f" and x0.ndim == 1:
-        x = x0.copy() if x0.dtype != np.float16 else x0.astype(float)
+        x = x0.copy() if x0.itemsize > 2 else x0.astype(float)
     elif is_foreign(x0):
         x = _foreign_parameters(x0, name)
     else:
@@ -62,7 +63,7 @@ def parameters(x0: Any, name: str = "x0") -> Array:
 
 def flat_parameters(x0: Any, name: str) -> Array:
     """x0 as MINPACK's front doors take it: of any shape, in double precision unless foreign."""
-    if (type(x0) is np.ndarray and x0.dtype == np.float64 and x0.ndim == 1) or is_foreign(x0):
+    if (type(x0) is np.ndarray and x0.dtype is FLOAT and x0.ndim == 1) or is_foreign(x0):
         return parameters(x0, name)
     x = parameters(np.ravel(_numpy_parameters(x0, name)), name)
     return x.astype(float) if x.dtype.kind == "f" else x
