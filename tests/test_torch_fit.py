@@ -20,7 +20,7 @@ from torch import nn  # noqa: E402  (after the skip)
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset  # noqa: E402
 
 import lmsolve  # noqa: E402
-from lmsolve.torch import LM, _checkpoint, _fit, _jacobian, available_gpus, fit, residuals  # noqa: E402
+from lmsolve.torch import LM, _checkpoint, _jacobian, _run, available_gpus, fit, residuals  # noqa: E402
 from lmsolve.torch._descent import Descent  # noqa: E402
 from lmsolve.torch._network import Batch  # noqa: E402
 from lmsolve.torch._session import Options, Session  # noqa: E402
@@ -808,4 +808,4 @@ def test_a_nan_on_the_way_is_a_rejected_step() -> None:
 
 
 def test_every_status_has_a_message() -> None:
-    assert set(_fit.MESSAGES) == {-3, -2, 0, 1, 2, 3}
+    assert set(_run.MESSAGES) == {-3, -2, 0, 1, 2, 3}
