@@ -400,15 +400,13 @@ class LevenbergMarquardt:
         rnorm = math.sqrt(2.0 * state.cost)
         size = xp.abs(state.x) + 1e-4 * rnorm * point.d
         change, predicted = to_floats(_largest_ratio(xp, step.p, size), sub.reduction(step.p))
-        precision = eps(xp, state.x.dtype)
         error = getattr(problem, "derivative_error", float)()
+        if error and self._differences_show(problem, state, error, rnorm):
+            return self._with_central_differences(problem, state, ended)
+        precision = eps(xp, state.x.dtype)
         target = POLISHED if predicted <= self.ftol * state.cost else VANISHING
         if not math.isfinite(change) or change <= max(target, error, 8.0 * precision):
-            if error and self._differences_show(problem, state, error, rnorm):
-                return self._with_central_differences(problem, state, ended)
             return ended
-        if error and not state.central and self._differences_show(problem, state, error, rnorm):
-            return self._with_central_differences(problem, state, ended)
         # Slow convergence is not monotonic; in single precision what follows is rounding errors.
         patience = 4.0 if precision < 1e-10 else 1.0
         stagnant = state.polished > 1 and change > patience * state.length
@@ -416,6 +414,19 @@ class LevenbergMarquardt:
             stagnant = change > 0.5 * state.length
         if stagnant or state.polished >= POLISH_STEPS:
             return ended
+        return self._polishing_trial(problem, state, step, change, predicted)
+
+    def _polishing_trial(
+        self,
+        problem: LeastSquaresProblem,
+        state: LMState,
+        step: Step,
+        change: float,
+        predicted: float,
+    ) -> LMState:
+        """One undamped trial: a state to polish on or to go back to damped steps, or the end."""
+        xp, point, precision = problem.xp, state.point, eps(problem.xp, state.x.dtype)
+        sub, rnorm = point.subproblem, math.sqrt(2.0 * state.cost)
         p, trail = mixed(xp, state, step, point.D)
         x_new = state.x + p
         if self.bounds is not None:
