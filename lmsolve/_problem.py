@@ -78,7 +78,7 @@ class Problem:
     sums : LocalSums
         Takes the sums over rows.
     norms_needed : bool
-        Whether the scale of the parameters is that of the columns of the Jacobian.
+        Whether the caller asked for the scale of the columns by name, ``x_scale='jac'``.
     precision : float
         Relative error of the residuals.
     """
