@@ -12,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402  (after the skip)
 from torch.func import functional_call, jacrev  # noqa: E402
+from torch.nn.utils import prune  # noqa: E402
 
 from lmsolve.torch import _factors, _jacobian  # noqa: E402
 from lmsolve.torch._jacobian import Plan, Point, choose, stream  # noqa: E402
@@ -141,6 +142,16 @@ def tied() -> nn.Module:
     return net
 
 
+def registered_twice() -> nn.Sequential:
+    layer = nn.Linear(4, 4)
+    return nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(4, 2))
+
+
+def pruned() -> nn.Sequential:
+    """A linear layer whose weight is made of another parameter, as old forms of norms do too."""
+    return nn.Sequential(prune.l1_unstructured(nn.Linear(4, 5), "weight", 0.5), nn.Linear(5, 2))
+
+
 def vectors(*shape: int) -> Any:
     return torch.randn(B, *shape)
 
@@ -158,6 +169,13 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], str]] = {
     ),
     "called twice": (Shared, lambda: vectors(4), "factors"),
     "tied": (tied, lambda: vectors(4), "factors"),
+    "registered twice": (registered_twice, lambda: vectors(4), "factors"),
+    "pruned": (pruned, lambda: vectors(4), "vmap"),
+    "attention": (
+        lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True),
+        lambda: vectors(3, 4),
+        "vmap",
+    ),
     "two inputs": (Two, lambda: (vectors(4), vectors(2)), "factors"),
     "weight used twice": (Bypassed, lambda: vectors(4), "vmap"),
     "grouped": (
@@ -227,6 +245,26 @@ def test_a_way_is_chosen_that_is_right(name: str) -> None:
     r, J = whole_jacobian(network, batch, point)
     found = streamed(network, batch, point, plan)
     assert close(found[0], r) and close(found[1], J)
+    assert all(type(p) is nn.Parameter for m in network.module.modules() for p in own(m))
+
+
+def own(module: nn.Module) -> list[Any]:
+    """What a module has in the places of its parameters."""
+    return [p for p in module._parameters.values() if p is not None]
+
+
+@pytest.mark.parametrize("forward", [True, False])
+@pytest.mark.parametrize("name", ["tanh", "attention", "registered twice", "LSTM"])
+def test_products_without_rows(name: str, forward: bool) -> None:
+    """Also where the kernel that the model takes can be differentiated only once."""
+    torch.manual_seed(0)
+    make, inputs, _ = MODELS[name]
+    network, batch, point = setup(make(), inputs())
+    r, J = whole_jacobian(network, batch, point)
+    products = GraphProducts(network, batch, point, 7, _forward_mode=forward)
+    z, p = torch.randn_like(r), torch.randn(J.shape[1], dtype=J.dtype)
+    assert close(products.product(p), J @ p)
+    assert close(products.transposed(z), J.T @ z)
 
 
 @pytest.mark.parametrize("name", ["weight used twice", "nested autograd"])

@@ -156,7 +156,11 @@ class Pass:
 
 def supported(network: Network) -> bool:
     """Whether every trainable parameter belongs to layers whose rows factor."""
-    known = [own.values() for layer, own in network.owners.items() if _factorises(layer)]
+    known = [
+        own.values()
+        for layer, own in network.owners.items()
+        if _factorises(layer) and own.keys() <= {"weight", "bias"}  # others make up the weight
+    ]
     return set(itertools.chain(*known)) == set(range(len(network.parameters.names)))
 
 

@@ -81,10 +81,28 @@ class Network:
         return {module: own for module, own in found.items() if own}
 
     @cached_property
-    def tied(self) -> bool:
-        """Whether a parameter has several names."""
+    def tied(self) -> dict[str, str] | None:
+        """Where a parameter has several names: name of each place in the layout, by its full name.
+
+        A module that is registered twice has its places once: torch, told of both of them, would
+        put a tensor back into the second one instead of the parameter.
+        """
         names = self.module.named_parameters(remove_duplicate=False)
-        return sum(1 for _ in names) > sum(1 for _ in self.module.parameters())
+        if sum(1 for _ in names) == sum(1 for _ in self.module.parameters()):
+            return None
+        first = {id(self.module.get_parameter(name)): name for name in self.parameters.names}
+        return {
+            f"{path}.{key}".removeprefix("."): first[id(p)]
+            for path, module in self.module.named_modules()
+            for key, p in module.named_parameters(recurse=False, remove_duplicate=False)
+            if id(p) in first
+        }
+
+    def call(self, tensors: Mapping[str, Tensor], args: tuple[Any, ...]) -> Any:
+        """The module's output at the given parameters."""
+        if self.tied is not None:
+            tensors = {place: tensors[name] for place, name in self.tied.items()}
+        return functional_call(self.module, dict(tensors), args, tie_weights=False)
 
     def judge(
         self, tensors: Mapping[str, Tensor], batch: Batch, scale: float, seed: int | None = None
@@ -95,7 +113,7 @@ class Network:
         mask = None if seed is None else (seed + 7919 * batch.start) % 2**63
         # Grad mode on: a forward pass may differentiate in its inputs. It records nothing more.
         with torch.enable_grad(), frozen_statistics(self.module), fixed_random(mask, device):
-            output = functional_call(self.module, dict(tensors), args, tie_weights=self.tied)
+            output = self.call(tensors, args)
             return self.judge_output(output, batch, scale)
 
     def judge_output(self, output: Any, batch: Batch, scale: float) -> Judged:

@@ -15,11 +15,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 
 _REAL = (torch.float32, torch.float64)
 # torch's stream of random numbers on the CPU is one for all threads.
 _RANDOM = threading.RLock()
+# So is its choice of kernels.
+_KERNELS = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,13 @@ def without_dropout(module: nn.Module) -> Iterator[None]:
     finally:
         for m in touched:
             m.train(True)
+
+
+@contextlib.contextmanager
+def unfused_attention() -> Iterator[None]:
+    """Attention by products and a softmax: its fused kernels can be differentiated only once."""
+    with _KERNELS, sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 @contextlib.contextmanager

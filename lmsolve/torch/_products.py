@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -11,9 +12,9 @@ from torch import Tensor
 from torch.func import jvp
 
 from ._factors import Pass
-from ._jacobian import Point
+from ._jacobian import Point, is_out_of_memory
 from ._network import Batch, Network
-from ._params import flat, quiet_transforms
+from ._params import flat, quiet_transforms, unfused_attention
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class GraphProducts:
     point: Point
     samples: int  # in a block
     _forward_mode: bool = field(default=True)
+    _unfused: bool = field(default=False)  # see `unfused_attention`
 
     def transposed(self, z: Tensor) -> Tensor:
         """J'z (n,)."""
@@ -90,22 +92,32 @@ class GraphProducts:
     def product(self, p: Tensor) -> Tensor:
         """J p (m,)."""
         direction = self.network.parameters.unpack(p)
-        parts = []
-        for block in self.batch.blocks(self.samples):
-            if self._forward_mode:
-                try:
-                    with quiet_transforms():
-                        image = jvp(
-                            partial(self._rows, block=block),
-                            (dict(self.point.tensors),),
-                            (direction,),
-                        )[1]
-                    parts.append(image.detach().reshape(-1))
-                    continue
-                except (RuntimeError, NotImplementedError):
+        blocks = self.batch.blocks(self.samples)
+        return torch.cat([self._image(direction, block) for block in blocks]).to(p.dtype)
+
+    def _image(self, direction: Mapping[str, Tensor], block: Batch) -> Tensor:
+        """J p of a block, in the first way that the model's operations allow."""
+        while True:
+            way = self._forward if self._forward_mode else self._twice_backward
+            try:
+                with unfused_attention() if self._unfused else nullcontext():
+                    return way(direction, block)
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+                if not self._unfused:
+                    self._unfused = True
+                elif self._forward_mode:
                     self._forward_mode = False
-            parts.append(self._twice_backward(direction, block))
-        return torch.cat(parts).to(p.dtype)
+                else:
+                    raise
+
+    def _forward(self, direction: Mapping[str, Tensor], block: Batch) -> Tensor:
+        """J p by forward mode."""
+        with quiet_transforms():
+            rows = partial(self._rows, block=block)
+            image: Tensor = jvp(rows, (dict(self.point.tensors),), (dict(direction),))[1]
+        return image.detach().reshape(-1)
 
     def _rows(self, tensors: Mapping[str, Tensor], block: Batch) -> Tensor:
         return self.network.judge(tensors, block, self.point.scale, self.point.seed).rows

@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from ._chain import Chain
@@ -216,7 +215,7 @@ class Session:
         batch, module = self.problem.batch, self.network.module
         args = batch.inputs if isinstance(batch.inputs, tuple) else (batch.inputs,)
         with torch.no_grad(), fixed_random(0, self.x.device):
-            functional_call(module, self.network.parameters.unpack(self.x), args)
+            self.network.call(self.network.parameters.unpack(self.x), args)
         if module is not self.model:
             for name, buffer in self.model.named_buffers():
                 buffer.copy_(module.get_buffer(name))
