@@ -483,7 +483,8 @@ def _refit(
     fixed: np.ndarray,
 ) -> tuple[float, np.ndarray]:
     """Cost and parameters of the same problem with some parameters held at their start."""
-    box, _, _ = _validate.box((lb, ub), fixed, convert(start, like))
+    all_fixed = bool(fixed.all())
+    box = None if all_fixed else _validate.box((lb, ub), fixed, convert(start, like))[0]
     if isinstance(problem, Problem) and problem.differences is not None:
         problem = replace(
             problem, differences=replace(problem.differences, held=fixed), _buffer=None
@@ -494,6 +495,8 @@ def _refit(
         state = run.init(problem, x)
     except ValueError:
         return math.inf, start
+    if all_fixed:
+        return state.cost, start
     while state.status is None:
         state = run.step(problem, state)
     return state.cost, to_numpy(state.x).astype(float)

@@ -137,13 +137,12 @@ def uncertainty(c: Curvature, absolute_sigma: bool = False, sandwich: bool = Fal
     dof = c.m - rank
     variance = 1.0 if absolute_sigma else (2.0 * c.cost / dof if dof > 0 else math.inf)
     W = (V[:, usable] / s[usable]) * d[:, None]
-    inverse = W @ W.T
+    inverse, factor = W @ W.T, variance
     if sandwich and c.scores is not None:
         rows, psi = c.raw_rows[:, free], c.scores[:, None]
         P = np.asarray((rows.multiply(psi) if hasattr(rows, "tocsr") else rows * psi) @ inverse)
-        cov = P.T @ P * (c.m / dof if dof > 0 else math.inf)
-    else:
-        cov = inverse * variance if math.isfinite(variance) else np.full_like(inverse, np.inf)
+        inverse, factor = P.T @ P, c.m / dof if dof > 0 else math.inf
+    cov = inverse * factor if math.isfinite(factor) else np.full_like(inverse, np.inf)
     null = V[:, ~usable] * d[:, None]
     null = null / np.linalg.norm(null, axis=0) if null.size else null
     undetermined = (np.abs(V[:, ~usable]) > UNDETERMINED).any(axis=1)

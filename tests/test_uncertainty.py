@@ -253,6 +253,26 @@ def test_intervals_of_held_and_undetermined_parameters():
     assert np.isinf(intervals[:2]).all()
 
 
+@pytest.mark.parametrize("options", [{}, {"bounds": (0, 9)}, {"loss": "huber"}])
+@pytest.mark.parametrize("fixed", [None, [False, True]])
+def test_intervals_of_one_free_parameter(fixed, options):
+    """No other parameter is left to be fitted again: its cost alone is followed."""
+    t = np.linspace(0, 1, 20)
+    r = 6 * t - (6 * t + 0.01 * np.cos(40 * t))
+    start = [1.0] if fixed is None else [1.0, 0.0]
+    result = least_squares(lambda p: (p[0] - 6) * t + r, start, fixed=fixed, **options)
+    intervals = result.confidence_intervals()[0]
+    half = stdtrit(19, 0.975) * result.uncertainty(sandwich=False).stderr[0]
+    np.testing.assert_allclose(intervals, result.x[0] + [-half, half], rtol=1e-6)
+
+
+@pytest.mark.parametrize("m", [1, 2])
+def test_no_degrees_of_freedom_leave_a_robust_fit_undetermined(m):
+    A = np.array([[1.0, 2.0], [3.0, 1.0]])[:m]
+    result = least_squares(lambda x: A @ x - 1.0, [0.0, 0.0], lambda x: A, loss="huber")
+    assert np.isinf(result.standard_errors()).all() and result.uncertainty().dof == 0
+
+
 @pytest.mark.parametrize(("level", "method"), [(0.0, "profile"), (1.0, "linear"), (0.5, "exact")])
 def test_wrong_intervals(level, method):
     with pytest.raises(ValueError, match=r"`level`|`method`"):
