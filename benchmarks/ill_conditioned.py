@@ -5,10 +5,10 @@
     python benchmarks/ill_conditioned.py --clock cpu # on a machine that does other work as well
 
 The problem is that of large_dense.py, tanh(A x) = y with noise, and the same with half of A's
-columns a small distance from the other half: a scaled condition of about the number in the second
-column. An iteration is the time from one accepted step to the next, evaluations included, where no
-trial between them was rejected: by the normal equations on the first problem, by QR on the others,
-in one run. The first point at which QR is asked for has made J'J in vain; "first" has it.
+columns a small distance from the other half: A has the scaled condition in the second column. An
+iteration is the time from one accepted step to the next, evaluations included, where no trial
+between them was rejected: by the normal equations on the first problem, by QR on the others, in one
+run. The first point at which QR is asked for has made J'J in vain; "first" has it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import lmsolve
 
 SHAPES = ((300_000, 20), (50_000, 200), (20_000, 1000), (5_000, 2000))
 SMOKE = ((2_000, 20),)
-CONDITIONS = (1e7, 1e10)
+CONDITIONS = (1e7, 1e12)
 TARGET = 3.0
 
 
@@ -49,7 +49,9 @@ def problem(m: int, n: int, condition: float | None) -> Tanh:
     rng = np.random.default_rng(1)
     if condition is not None:
         half = n // 2
-        p.A[:, half:] = p.A[:, : n - half] + p.A[:, half:] / condition
+        q = np.sqrt(half / m)  # singular values of half of A: (1 - q) to (1 + q) times sqrt(m)
+        distance = 2 * (1 + q) / (1 - q) / condition
+        p.A[:, half:] = p.A[:, : n - half] + p.A[:, half:] * distance
         p.A *= 0.5
     p.y = np.tanh(p.A @ rng.normal(0, 1 / np.sqrt(n), n)) + 0.01 * rng.standard_normal(m)
     return p

@@ -1,4 +1,4 @@
-"""Small dense solves: symmetric positive definite systems and the SVD of a triangular factor.
+"""Small dense solves: symmetric positive definite systems and the SVD.
 
 NumPy systems go to LAPACK directly (dposv costs 2 us at n = 3, ``numpy.linalg.cholesky`` and two
 solves 25), other namespaces through their own ``linalg``.
@@ -6,7 +6,6 @@ solves 25), other namespaces through their own ``linalg``.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import array_api_compat
@@ -22,17 +21,8 @@ LinAlgError = np.linalg.LinAlgError
 THREADED = 100
 #: Rows of a symmetric matrix that are mirrored at a time.
 MIRRORED = 64
-#: Rows that are reduced at a time. Not a power of two: those of a column-ordered block would share
-#: lines of the cache, and copying them takes ten times as long.
+#: Rows that are weighted at a time.
 ROWS = 520
-#: Columns of a panel of Householder reflections, for so many columns and more (measured).
-PANELS = ((500, 32), (64, 16), (0, 8))
-#: Rounds after which an iteration knows the smallest, or the largest, singular value within a
-#: factor of two.
-POWER_ITERATIONS = 3
-#: Singular values of J are rounding below this many eps of the largest, or sqrt(m), or n: those of
-#: dependent columns came to 1 at m = 1000, to 17 at a million.
-NEGLIGIBLE = 64.0
 
 
 class Cholesky:
@@ -174,105 +164,6 @@ def add_diagonal(xp: Namespace, A: Array, mu: float) -> Array:
 def identity(xp: Namespace, A: Array) -> Array:
     """Identity (n, n) of the dtype and device of the matrix ``A``."""
     return xp.eye(A.shape[0], dtype=A.dtype, device=array_api_compat.device(A))
-
-
-def triangle(xp: Namespace, J: Array, r: Array, d: Array, weights: Array | None = None) -> Array:
-    """Upper triangular factor (k, n + 1) of ``[W J diag(d), r]``, k at most n + 1.
-
-    A tall J is reduced block of rows by block of rows, each stacked on the factor of those before
-    it, so that no copy exceeds a block (Demmel, Grigori, Hoemmen, Langou 2012, "Communication-
-    optimal parallel and sequential QR and LU factorizations", section 2: sequential TSQR).
-    """
-    if xp is np:
-        return _numpy_triangle(J, r, d, weights)
-    m, n = J.shape
-    rows = max(4 * (n + 1), 8192)
-    R = None
-    for start in range(0, m, rows):
-        stop = min(start + rows, m)  # the standard leaves slices beyond the end undefined
-        w = None if weights is None else weights[start:stop]
-        block = augmented(xp, J[start:stop, :], r[start:stop], d, w)
-        if R is not None:
-            block = xp.concat([R, block], axis=0)
-        R = xp.linalg.qr(block, mode="reduced")[1]
-    return R
-
-
-def _numpy_triangle(
-    J: np.ndarray, r: np.ndarray, d: np.ndarray, weights: np.ndarray | None
-) -> np.ndarray:
-    """`triangle` by LAPACK's QR of a rectangle below a triangle; (n + 1, n + 1)."""
-    m, n = J.shape
-    R = np.zeros((n + 1, n + 1), dtype=J.dtype, order="F")
-    block = np.empty((min(m, ROWS), n + 1), dtype=J.dtype, order="F")
-    for start in range(0, m, ROWS):
-        stop = min(start + ROWS, m)
-        if stop - start < block.shape[0]:
-            block = np.empty((stop - start, n + 1), dtype=J.dtype, order="F")
-        np.copyto(block[:, :n], J[start:stop])
-        block[:, n] = r[start:stop]
-        if weights is not None:
-            block[:, :n] *= weights[start:stop, None]
-        R = _stacked(R, block, 0)
-    with np.errstate(over="ignore", invalid="ignore"):
-        R[:, :n] *= d  # reflections do not depend on the scale of a column
-        if not np.isfinite(R.sum()):
-            raise LinAlgError("the matrix is not finite")
-    return R
-
-
-def with_diagonal(R: np.ndarray, diagonal: np.ndarray) -> np.ndarray:
-    """Triangle of R (n + 1, n + 1) with the rows ``[diag(diagonal), 0]`` (n, n + 1) below it."""
-    n = diagonal.shape[0]
-    below = np.zeros((n, n + 1), dtype=R.dtype, order="F")
-    np.fill_diagonal(below, diagonal)
-    return _stacked(R.copy(order="F"), below, n)
-
-
-def _stacked(R: np.ndarray, below: np.ndarray, trapezoidal: int) -> np.ndarray:
-    """Triangle of R (n, n) and the rows below it, the last of them trapezoidal; overwrites both."""
-    n = R.shape[0]
-    panel = min(n, next(columns for least, columns in PANELS if n >= least))
-    tpqrt = lapack.stpqrt if R.dtype == np.float32 else lapack.dtpqrt
-    factor: np.ndarray = tpqrt(trapezoidal, panel, R, below, overwrite_a=1, overwrite_b=1)[0]
-    return factor
-
-
-def augmented(xp: Namespace, J: Array, r: Array, d: Array, weights: Array | None = None) -> Array:
-    """``[W J diag(d), r]`` (m, n + 1)."""
-    scaled = J * d[None, :]
-    if weights is not None:
-        scaled = scaled * weights[:, None]
-    return xp.concat([scaled, r[:, None]], axis=1)
-
-
-def negligible(m: int, n: int, epsilon: float) -> float:
-    """Share of the largest singular value of (m, n) below which another is zero."""
-    return epsilon * min(max(m, n), max(n, math.sqrt(m), NEGLIGIBLE))
-
-
-def has_full_rank(R: np.ndarray, negligible: float) -> bool:
-    """Whether an upper triangle R (n, n) clearly has no negligible singular value.
-
-    By power iterations, whose estimates are off by a factor of two at most, to the safe side.
-    """
-    R = np.asfortranarray(R)  # once, not in every round
-    v = w = np.ones(R.shape[0], dtype=R.dtype)
-    trmv = blas.strmv if R.dtype == np.float32 else blas.dtrmv
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        for _ in range(POWER_ITERATIONS):
-            v = back_substituted(R, back_substituted(R, v, transposed=True))
-            w = trmv(R, trmv(R, w), trans=1)
-            inverse, largest = float(np.linalg.norm(v)), float(np.linalg.norm(w))
-            v, w = v / inverse, w / largest
-        return inverse * 4.0 * largest < negligible**-2
-
-
-def back_substituted(R: np.ndarray, c: np.ndarray, transposed: bool = False) -> np.ndarray:
-    """Solution (n,) of ``R y = c`` or ``R' y = c`` for an upper triangle R (n, n); NaN if none."""
-    trtrs = lapack.strtrs if R.dtype == np.float32 else lapack.dtrtrs
-    y, info = trtrs(R, c, lower=0, trans=int(transposed))
-    return np.full_like(c, np.nan) if info else np.asarray(y)
 
 
 def svd(xp: Namespace, A: Array) -> tuple[Array, Array, Array]:

@@ -31,7 +31,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from . import _linalg
+from . import _linalg, _qr
 from ._linalg import Cholesky, LinAlgError
 from ._xp import Array, Namespace, diagonal, eps
 
@@ -347,19 +347,19 @@ class Factored:
         n, R = d.shape[0], self._regular
         if R is not None:
             if mu:
-                R = _linalg.with_diagonal(R, np.full(n, np.sqrt(mu)))
+                R = _qr.with_diagonal(R, np.full(n, np.sqrt(mu)))
             self._damped = R
             pivot = float(np.abs(R.diagonal()[:n]).min()) ** 2
         self.escalated = self._memory[ILL] = pivot < ESCALATE
         if R is None:
             return -d * (self._singular()[2] @ self._filtered(mu))
-        return -d * _linalg.back_substituted(R[:n, :n], R[:n, n])
+        return -d * _qr.back_substituted(R[:n, :n], R[:n, n])
 
     def secular(self, p: Array, d: Array) -> Array:
         """0-d ``q' (A + mu I)^-1 q`` over the numerical range."""
         if self._damped is not None:
             n, q = d.shape[0], _unscale(self._xp, p, d)
-            w = _linalg.back_substituted(self._damped[:n, :n], q, transposed=True)
+            w = _qr.back_substituted(self._damped[:n, :n], q, transposed=True)
             return w @ w
         s = self._singular()[1]
         f = self._filtered(self._mu)
@@ -383,13 +383,13 @@ class Factored:
         rows, xp = self._rows, self._xp
         m, n = rows.J.shape
         r = rows.shifted(start)
-        make = _linalg.triangle if m >= n else _linalg.augmented
+        make = _qr.triangle if m >= n else _qr.augmented
         self._triangle = make(xp, rows.J, r, d, rows.weights)
         self._regular = self._damped = self._svd = None
         if xp is np and m >= n:
             # A unit below a held column keeps its parameter at zero.
-            R = self._triangle if d.all() else _linalg.with_diagonal(self._triangle, d == 0)
-            if _linalg.has_full_rank(R[:n, :n], self._negligible(R.dtype)):
+            R = self._triangle if d.all() else _qr.with_diagonal(self._triangle, d == 0)
+            if _qr.has_full_rank(R[:n, :n], self._negligible(R.dtype)):
                 self._regular = R
         self._d, self._start = d, start
 
@@ -407,7 +407,7 @@ class Factored:
 
     def _negligible(self, dtype: Any) -> float:
         m, n = self._rows.J.shape
-        return _linalg.negligible(m, n, eps(self._xp, dtype))
+        return _qr.negligible(m, n, eps(self._xp, dtype))
 
     def _filtered(self, mu: float) -> Array:
         """``s / (s^2 + mu) * c`` (k,), zero on the numerical null space."""

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from . import _linalg
+from . import _qr
 
 #: A parameter with more than this share of a null direction is not determined by the data.
 UNDETERMINED = 1e-6
@@ -129,7 +129,7 @@ def uncertainty(c: Curvature, absolute_sigma: bool = False, sandwich: bool = Fal
     n = c.held.shape[0]
     free = np.flatnonzero(~c.held)
     V, s, d = _spectrum(c, free)
-    cutoff = _linalg.negligible(c.m, free.size, 2.0**-52) * (s.max() if s.size else 0.0)
+    cutoff = _qr.negligible(c.m, free.size, 2.0**-52) * (s.max() if s.size else 0.0)
     if c.rows is None or hasattr(c.rows, "tocsr"):
         cutoff = math.sqrt(np.finfo(float).eps) * (s.max() if s.size else 0.0)
     usable = s > cutoff
@@ -170,7 +170,7 @@ def _spectrum(c: Curvature, free: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
         J = J if k == J.shape[1] else J[:, free]
         norms = np.sqrt(np.einsum("ij,ij->j", J, J))
         d = 1.0 / np.where(norms > 0, norms, 1.0)
-        R = _linalg.triangle(np, J, np.zeros(J.shape[0]), d)[:, :k] if J.shape[0] > k else J * d
+        R = _qr.triangle(np, J, np.zeros(J.shape[0]), d)[:, :k] if J.shape[0] > k else J * d
         _, s, Vt = np.linalg.svd(R, full_matrices=True)
         return Vt.T, np.concatenate([s, np.zeros(k - s.size)]), d
     G = c.gram if c.rows is None else _sparse_gram(c.rows)

@@ -26,6 +26,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"__init__", "torch", "legate/_start"},
     "_xp": {"array_api_compat"},
     "_linalg": {"_xp", "array_api_compat"},
+    "_threads": set(),
+    "_qr": {"_xp", "_threads"},
     "_loss": {"_xp"},
     "_bounds": {"_xp"},
     "_numdiff": {"_xp", "array_api_compat"},
@@ -33,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_damping": set(),
     "_files": set(),
     "_state": {"_damping", "_files", "_xp"},
-    "_subproblem": {"_xp", "_linalg"},
+    "_subproblem": {"_xp", "_linalg", "_qr"},
     "_schur": {"_linalg"},
     "_sparse": {"_linalg", "_schur", "_subproblem"},
     "_functions": {"_xp"},
@@ -52,7 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "_xp", "_damping", "_functions", "_history", "_lm", "_numdiff", "_problem", "_start",
         "_state", "_status", "_subproblem", "_trust",
     },
-    "_uncertainty": {"_xp", "_linalg"},
+    "_uncertainty": {"_xp", "_linalg", "_qr"},
     "_report": {"_xp"},
     "_result": {"_xp", "_loss", "_uncertainty", "_report"},
     "_history": {"_state"},
@@ -77,7 +79,7 @@ MAY_IMPORT |= {
 # these. Nothing above imports one of them at the top of a file.
 FOLDERS: dict[str, set[str]] = {
     "torch": {"torch", "tqdm", "array_api_compat", "__init__", "legate"}
-    | {"legate/_start", "legate/_tasks", "legate/_memory", "legate/_cholesky", "legate/_blas"}
+    | {"legate/_start", "legate/_tasks", "legate/_memory", "legate/_cholesky"}
     | CORE,
     "legate": {"legate", "cupynumeric", "torch", "__init__"} | CORE,
 }

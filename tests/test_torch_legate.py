@@ -721,10 +721,10 @@ def test_small_batches_use_all_processors_with_a_copy_of_the_model_for_each_thre
 @pytest.mark.legate
 @pytest.mark.parametrize("linalg", ["legate", "legate-split"])
 def test_tasks_have_one_blas_thread_each(monkeypatch: pytest.MonkeyPatch, linalg: str) -> None:
-    from lmsolve.legate import _blas
+    from lmsolve import _threads
     from lmsolve.torch._sums import NormalSums
 
-    found = _blas.libraries()
+    found = _threads.libraries()
     assert found  # NumPy's at least
     counts, add = set(), NormalSums.add
 

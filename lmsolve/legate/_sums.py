@@ -21,10 +21,10 @@ import numpy as np
 from lmsolve._loss import Loss, UserLoss
 from lmsolve._subproblem import Subproblem
 from lmsolve._sums import LOCAL, BlockCosts, BlockSums, LocalSums
+from lmsolve._threads import one_thread
 from lmsolve._xp import Array, Namespace, array_namespace, is_cupynumeric, to_numpy
 
 from . import _memory
-from ._blas import one_thread
 from ._blocks import NumpyBlocks, TorchBlocks
 from ._iterated import IteratedEquations, WideProducts
 from ._reduce import CostJob, CostSums, SumsJob, cost_of, rows_of_block

@@ -42,7 +42,7 @@ from legate.core import (
     types,
 )
 
-from ._blas import one_thread
+from lmsolve._threads import one_thread
 
 #: Width of a shard's status: whether it failed, and what the job returned.
 STATUS = 4

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmsolve.legate._blas import one_thread
+from lmsolve._threads import one_thread
 from lmsolve.legate._start import start
 
 from ._bands import COPIES, UNTILED, Bands

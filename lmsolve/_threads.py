@@ -1,4 +1,4 @@
-"""One BLAS thread for each task: a task has one processor, and its neighbours have the others.
+"""How many threads BLAS has, and one alone where we run threads, or tasks, of our own.
 
 torch has a setting for the calling thread, OpenBLAS one for the process, which OMP_NUM_THREADS sets
 at the start. Two tasks with NumPy's `A.T @ A` (600 x 1000) took 0.60 s of wall time with one thread
@@ -32,6 +32,11 @@ def one_thread() -> Iterator[None]:
     finally:
         for set_to, before in changed:
             set_to(before)
+
+
+def threads() -> int:
+    """Threads that every OpenBLAS of this process may take; 1 where there is none."""
+    return min((get() for get, _ in libraries()), default=1)
 
 
 @cache
