@@ -11,7 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402  (after the skip)
-from torch.func import functional_call, jacrev  # noqa: E402
+from torch.func import functional_call, jacrev, vmap  # noqa: E402
 from torch.nn.utils import prune  # noqa: E402
 
 from lmsolve.torch import _factors, _jacobian  # noqa: E402
@@ -234,6 +234,23 @@ def test_the_expected_way_gives_the_rows_of_plain_backward(name: str) -> None:
     for samples in (5, B):
         found = streamed(network, batch, point, replace(plan, samples=samples))
         assert close(found[0], r) and close(found[1], J)
+
+
+@pytest.mark.parametrize("name", [name for name, (*_, way) in MODELS.items() if way == "factors"])
+def test_factors_give_the_rows_of_torch_func(name: str) -> None:
+    torch.manual_seed(0)
+    make, inputs, _ = MODELS[name]
+    network, batch, point = setup(make(), inputs())
+
+    def output(tensors: Any, *sample: Any) -> Any:
+        alone = tuple(a[None] for a in sample)
+        return functional_call(network.module, tensors, alone).reshape(-1)
+
+    axes = (None, *(0 for _ in batch.inputs))
+    parts = vmap(jacrev(output), in_dims=axes)(dict(point.tensors), *batch.inputs)
+    J = torch.cat([parts[k].flatten(2) for k in network.parameters.names], 2).flatten(0, 1)
+    plan = Plan("factors", J.shape[0] // B, False, 7)
+    assert close(streamed(network, batch, point, plan)[1], J)
 
 
 @pytest.mark.parametrize("name", MODELS)
