@@ -25,7 +25,10 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT))
 
-PEERS = ("lmfit", "nlsq", "optimistix", "jax", "torch", "torch_levenberg_marquardt")
+PEERS = (
+    "lmfit", "nlsq", "optimistix", "jax", "torch", "torch_levenberg_marquardt", "lumafit", "numba",
+    "legate",
+)  # fmt: skip
 
 
 class Counter:

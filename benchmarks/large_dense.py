@@ -1,14 +1,17 @@
 """How far from the floor is an iteration on a large dense problem, and what memory does it take?
 
     python benchmarks/large_dense.py                # four shapes, and results/large_dense.json
-    python benchmarks/large_dense.py --peers        # with SciPy's lm and trf: minutes more
+    python benchmarks/large_dense.py --alone        # without the peers, which take 20 minutes
+    python benchmarks/large_dense.py --shapes 1000000x20    # one of them; the others' figures stay
     python benchmarks/large_dense.py --smoke        # small shapes, nothing written
     python benchmarks/large_dense.py --clock cpu    # on a machine that does other work as well
 
 The floor of an iteration is one Jacobian, one residual, J'J, J'r and one Cholesky factorisation,
-in NumPy, on the same problem in the same run, floor and fits taking turns. "s/iteration" is the
-time of a whole fit over its Jacobians, everything included. SciPy's solvers are stopped after a
-few evaluations, since nothing but the time of an iteration is asked of them.
+in NumPy, on the same problem in the same run, floor and fits taking turns. "ms/iteration" is the
+time of a whole fit over its Jacobians, everything included. The peers run once each: SciPy's lm and
+trf with the same `fun` and `jac`, optimistix and nlsq (`make bench-env`) with JAX's derivatives,
+compiled before the clock starts. On the two shapes of most parameters they are stopped after a few
+evaluations, since a whole fit takes some of them minutes; elsewhere the costs must agree.
 
 The problem, tanh(A x) = y with noise, has `fun` and `jac` that write into arrays made beforehand:
 J exists once, and memory (Linux: the peak of a fresh process beyond what it holds when the fit
@@ -18,6 +21,9 @@ starts, in units of J) is what the solver takes on top. An n x n matrix is n / m
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import json
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +35,7 @@ from _common import (
     CLOCKS,
     RESULTS,
     Clock,
+    environment,
     footer,
     in_fresh_process,
     peak_beyond_now,
@@ -43,7 +50,8 @@ import lmsolve
 
 SHAPES = ((1_000_000, 20), (100_000, 200), (20_000, 1000), (5_000, 2000))
 SMOKE = ((20_000, 10), (500, 100))
-PEER_NFEV = 3
+PEER_NFEV, STOPPED_FROM = 3, 500
+EQUAL = 1e-6
 TARGET = 1.25
 
 
@@ -59,6 +67,7 @@ class Tanh:
         self.J = np.ones((m, n), order=order)
         self.r, self.slope = np.ones(m), np.ones(m)
         self.x0 = np.zeros(n)
+        self.jax = self.optimistix = self.nlsq = None  # what is compiled once
 
     def fun(self, x: np.ndarray) -> np.ndarray:
         np.tanh(np.dot(self.A, x, out=self.r), out=self.r)
@@ -102,13 +111,61 @@ def ours(p: Tanh) -> Any:
 def scipys(method: str) -> Callable[[Tanh], Any]:
     def fit(p: Tanh) -> Any:
         return scipy.optimize.least_squares(
-            p.fun, p.x0, p.jac, method=method, x_scale="jac", max_nfev=PEER_NFEV
+            p.fun, p.x0, p.jac, method=method, x_scale="jac", max_nfev=few(p)
         )
 
     return fit
 
 
+def few(p: Tanh) -> int | None:
+    """Evaluations that a peer is given; None for as many as it wants."""
+    return PEER_NFEV if p.A.shape[1] >= STOPPED_FROM else None
+
+
+def in_jax(p: Tanh) -> Callable[..., Any]:
+    """The residuals as a function of JAX, their data made once."""
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    if p.jax is None:
+        A, y = jax.numpy.asarray(p.A), jax.numpy.asarray(p.y)
+        p.jax = lambda x, _=None: jax.numpy.tanh(A @ x) - y
+    return p.jax
+
+
+def optimistixs(p: Tanh) -> Any:
+    import jax
+    import optimistix
+
+    fun = in_jax(p)
+    if p.optimistix is None:
+        solver = optimistix.LevenbergMarquardt(rtol=1e-8, atol=1e-8)
+
+        @jax.jit
+        def fit(x0):
+            found = optimistix.least_squares(fun, solver, x0, max_steps=few(p) or 256, throw=False)
+            r = fun(found.value)
+            return 0.5 * r @ r, found.stats["num_steps"]
+
+        p.optimistix = fit
+    cost, steps = p.optimistix(p.x0)
+    return scipy.optimize.OptimizeResult(
+        cost=float(cost), nfev=int(steps), njev=int(steps), message=""
+    )
+
+
+def nlsqs(p: Tanh) -> Any:
+    import nlsq
+
+    logging.disable(logging.CRITICAL)  # it reports each iteration
+    if p.nlsq is None:
+        p.nlsq = nlsq.LeastSquares()  # keeps what it compiled from one fit to the next
+    return p.nlsq.least_squares(in_jax(p), p.x0, max_nfev=few(p))
+
+
 PEERS = {"scipy trf": scipys("trf"), "scipy lm": scipys("lm")}
+JAX = {"optimistix": optimistixs, "nlsq": nlsqs}
+PEERS |= {name: solve for name, solve in JAX.items() if importlib.util.find_spec(name)}
 RUNS: dict[str, Callable[[Tanh], Any]] = {"floor": floor, "lmsolve": ours, **PEERS}
 
 
@@ -124,12 +181,15 @@ def measure(m: int, n: int, budget: float, clock: Clock, peers: bool) -> list[Ti
                _peak("lmsolve", m, n)),
     ]  # fmt: skip
     for name, solve in PEERS.items() if peers else ():
-        kept = []
+        kept: list[Any] = []
+        if name in JAX:
+            solve(p)  # compiles
         took = seconds_of(lambda: kept.append(solve(p)), clock)  # noqa: B023  (called at once)
         result = kept[0]
         njev = result.njev or result.nfev
         found.append(Timing(m, n, name, [took / njev], result.cost, result.nfev, njev,
                             result.message, _peak(name, m, n)))  # fmt: skip
+        assert few(p) or abs(result.cost / fit.cost - 1) <= EQUAL, (name, result.cost, fit.cost)
     return found
 
 
@@ -144,6 +204,8 @@ def print_peak(name: str, m: int, n: int) -> None:
     run = RUNS[name]
     run(Tanh(1000, 300))
     p = Tanh(m, n)
+    if name in JAX:
+        in_jax(p)  # a copy of the data
     print(peak_beyond_now(lambda: run(p)))
 
 
@@ -165,7 +227,8 @@ def rows_of(timings: list[Timing]) -> list[list[Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="small shapes, nothing written")
-    parser.add_argument("--peers", action="store_true", help="SciPy's methods as well")
+    parser.add_argument("--alone", action="store_true", help="without the peers")
+    parser.add_argument("--shapes", nargs="+", metavar="MxN", help="some of the four, or others")
     parser.add_argument("--seconds", type=float, default=20.0, help="for each shape")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--output", type=Path, default=RESULTS / "large_dense.json")
@@ -174,19 +237,22 @@ def main() -> None:
     if args.peak:
         print_peak(args.peak[0], int(args.peak[1]), int(args.peak[2]))
         return
-    timings, rows = [], []
-    for m, n in SMOKE if args.smoke else SHAPES:
+    shapes = SMOKE if args.smoke else SHAPES
+    if args.shapes:
+        shapes = tuple((int(m), int(n)) for m, n in (s.split("x") for s in args.shapes))
+    timings: list[dict[str, Any]] = []
+    head = ["m x n", "solver", "ms/iteration", "quartiles", "to floor", "peak/J", "nfev", "njev",
+            "cost"]  # fmt: skip
+    for m, n in shapes:
         budget = 0.2 if args.smoke else args.seconds
-        found = measure(m, n, budget, CLOCKS[args.clock], args.peers or args.smoke)
-        timings += found
-        rows += rows_of(found)
-    print(table(
-        ["m x n", "solver", "ms/iteration", "quartiles", "to floor", "peak/J", "nfev", "njev",
-         "cost"], rows,
-    ))  # fmt: skip
-    print(f"\nclock: {args.clock}; target: {TARGET} to the floor\n{footer()}")
+        found = measure(m, n, budget, CLOCKS[args.clock], not args.alone)
+        print(table(head, rows_of(found)), end="\n\n", flush=True)
+        timings += [{**asdict(t), "date": environment()["date"]} for t in found]
+    print(f"clock: {args.clock}; target: {TARGET} to the floor\n{footer()}")
     if not args.smoke:
-        save(args.output, {"clock": args.clock, "timings": [asdict(t) for t in timings]})
+        before = json.loads(args.output.read_text())["timings"] if args.output.exists() else []
+        others = [t for t in before if (t["m"], t["n"]) not in shapes]
+        save(args.output, {"clock": args.clock, "timings": others + timings})
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ so that a ratio is always one of neighbours in time; the median over the rounds 
 scaling keeps m, weak scaling keeps m per processor. Where cores share a memory bus, or other work
 runs beside, two CPUs can't be twice one: "two processes" is how much faster the same work is done
 by two independent processes of one CPU at the same time, each on half the rows, which is what this
-machine has to give. "Work" is the processor seconds of two CPUs over those of one.
+machine has to give. "Work" is the processor seconds of two CPUs over those of one. Every
+iteration is one residual and one Jacobian evaluation, and the costs that its step leads to are
+compared. Peak memory is that of a process beyond its data and the libraries that it imports.
 """
 
 from __future__ import annotations
@@ -31,10 +33,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _common import RESULTS, footer, quartiles, save, status
 
 SIZES = [(10_000_000, 20), (1_000_000, 200), (100_000, 1000)]
 SMOKE = [(20_000, 20), (5_000, 100)]
 MU = 1e-3
+EQUAL = 1e-9  # relative difference of costs; each configuration adds up in an order of its own
 
 
 def problem(m: int, n: int, part: slice = slice(None)) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -91,9 +95,11 @@ def numpy_iteration(A: np.ndarray, y: np.ndarray, x: np.ndarray) -> dict[str, fl
     clock.timed("products", lambda: 0.5 * (r @ r))()
     r, J = clock.timed("evaluation", linear)(x, A, y)
     gram, grad = clock.timed("products", lambda: (J.T @ J, J.T @ r))()
-    clock.timed("solve", solve)(gram, grad)
+    step = clock.timed("solve", solve)(gram, grad)
     work = time.process_time() - work
-    return {"total": time.perf_counter() - start, **clock.seconds, "processor": work}
+    found = {"total": time.perf_counter() - start, **clock.seconds, "processor": work}
+    r = residual(x + step, A, y)
+    return {**found, "cost": 0.5 * float(r @ r)}
 
 
 def solve(gram: np.ndarray, grad: np.ndarray) -> np.ndarray:
@@ -128,12 +134,13 @@ def legate_iteration(A: Any, y: Any, x: np.ndarray, torch: bool) -> Callable[[],
         start, work = time.perf_counter(), time.process_time()
         sharded.residual(x)
         subproblem = sharded.linearize(x)
-        clock.timed("solve", solve)(subproblem.gram, subproblem.grad)
+        step = clock.timed("solve", solve)(subproblem.gram, subproblem.grad)
         total = time.perf_counter() - start
         parts = {k: v / (1 if k == "solve" else workers) for k, v in clock.seconds.items()}
         work = time.process_time() - work
         rest = total - sum(parts.values())
-        return {"total": total, **parts, "synchronisation": rest, "processor": work}
+        found = {"total": total, **parts, "synchronisation": rest, "processor": work}
+        return {**found, "cost": sharded.residual(x + step).cost}
 
     return iteration
 
@@ -235,8 +242,10 @@ def serve(m: int, n: int, part: slice, numpy: bool) -> None:
     # Legate pins the threads of one CPU to the first core, where two processes would meet.
     for thread in os.listdir("/proc/self/task"):
         os.sched_setaffinity(int(thread), range(os.cpu_count() or 1))
+    held = status("VmRSS")
     for line in sys.stdin:
-        print(json.dumps(runs[line.strip()]()), flush=True)
+        found = runs[line.strip()]()
+        print(json.dumps({**found, "peak_mib": status("VmHWM") - held}), flush=True)
 
 
 def compare(m: int, n: int, rounds: int) -> dict[str, Any]:
@@ -260,7 +269,9 @@ def compare(m: int, n: int, rounds: int) -> dict[str, Any]:
         worker.close()
     for name, values in runs.items():
         found[name] = {k: statistics.median(v[k] for v in values) for k in values[0]}
-        found[name]["least"] = min(v["total"] for v in values)
+        found[name]["seconds"] = [v["total"] for v in values]
+    costs = [v["cost"] for name in ("numpy", "one", "two") for v in runs[name]]
+    assert max(costs) <= min(costs) * (1 + EQUAL), costs
 
     def ratio(a: str, b: str, what: str = "total") -> float:
         return statistics.median(u[what] / v[what] for u, v in zip(runs[a], runs[b], strict=True))
@@ -278,8 +289,12 @@ def compare(m: int, n: int, rounds: int) -> dict[str, Any]:
 def table(found: list[dict[str, Any]]) -> str:
     """The measured figures as Markdown."""
     lines = [
-        "| m x n | NumPy | 1 CPU | 2 CPUs | 1 CPU / NumPy | 2 CPUs over 1 | two processes | weak | work |",  # noqa: E501
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| m x n | NumPy | 1 CPU | 2 CPUs | 1 CPU / NumPy | 2 CPUs over 1 | two processes | weak | work | cost |",  # noqa: E501
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    spreads = [
+        "| m x n, quartiles and peak | NumPy | 1 CPU | 2 CPUs |",
+        "| --- | --- | --- | --- |",
     ]
     shares = [
         "| m x n | CPUs | evaluation | products | solve | synchronisation |",
@@ -289,24 +304,29 @@ def table(found: list[dict[str, Any]]) -> str:
         size = f"{each['m']:.0e} x {each['n']}".replace("e+0", "e")
         seconds = " | ".join(f"{each[k]['total']:.3f} s" for k in ("numpy", "one", "two"))
         ratios = " | ".join(f"{value:.2f}" for value in each["ratios"].values())
-        lines.append(f"| {size} | {seconds} | {ratios} |")
+        lines.append(f"| {size} | {seconds} | {ratios} | {each['one']['cost']:.8g} |")
+        cells = []
+        for k in ("numpy", "one", "two"):
+            low, _, high = quartiles(each[k]["seconds"])
+            cells.append(f"{low:.3f} .. {high:.3f} s, {each[k]['peak_mib']:,.0f} MiB")
+        spreads.append(f"| {size} | {' | '.join(cells)} |")
         for cpus, parts in ((1, each["one"]), (2, each["two"])):
             cells = " | ".join(
                 f"{100 * parts[k] / parts['total']:.0f} %"
                 for k in ("evaluation", "products", "solve", "synchronisation")
             )
             shares.append(f"| {size} | {cpus} | {cells} |")
-    return "\n".join([*lines, "", *shares])
+    return "\n".join([*lines, "", *spreads, "", *shares])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--here", action="store_true", help="measure what Legate has here")
     parser.add_argument("--no-peer", action="store_true", help="leave NumPy out")
-    parser.add_argument("--smoke", action="store_true", help="small sizes")
+    parser.add_argument("--smoke", action="store_true", help="small sizes, nothing written")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--sizes", nargs="+", metavar="MxN")
-    parser.add_argument("--json", type=Path, help="file for the raw figures")
+    parser.add_argument("--output", type=Path, default=RESULTS / "legate_scaling.json")
     parser.add_argument("--serve", metavar="MxN", help=argparse.SUPPRESS)
     parser.add_argument("--rows", default="", help=argparse.SUPPRESS)
     parser.add_argument("--numpy", action="store_true", help=argparse.SUPPRESS)
@@ -325,9 +345,9 @@ def main() -> None:
     for m, n in sizes:
         found.append(compare(m, n, options.repeats))
         print(json.dumps(found[-1]["ratios"]), flush=True)
-    print(table(found))
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{table(found)}\n\n{footer()}")
+    if not options.smoke:
+        save(options.output, {"sizes": found})
 
 
 if __name__ == "__main__":

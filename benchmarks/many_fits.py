@@ -21,14 +21,11 @@ example of its class; the GPU is waited for before the clock is read.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
+import importlib
 import importlib.util
-import json
+import logging
 import os
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -37,15 +34,13 @@ from typing import Any
 
 import numpy as np
 import scipy.optimize
+from _common import CLOCKS, RESULTS, Clock, footer, in_fresh_process, peak_beyond_now, save
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from lmsolve import curve_fit_many
 
-from lmsolve import curve_fit_many  # noqa: E402  (a checkout needs no installation)
-
-RESULTS = ROOT / "benchmarks" / "results" / "many_fits.json"
 P0 = (2.0, 1.0, 0.5)
-SLOW = 0.05  # share of the fits that lmfit is given: it is two orders of magnitude slower
+# Shares of the fits that are enough for those that are two and three orders of magnitude slower.
+SLOW = {"lmfit Model.fit, loop": 0.05, "nlsq curve_fit, loop": 0.01}
 
 
 @dataclass(frozen=True)
@@ -183,6 +178,23 @@ def lmfit_model(data: Data) -> Callable[[], Fitted]:
     return run
 
 
+def nlsq_curve_fit(data: Data) -> Callable[[], Fitted]:
+    import jax.numpy as jnp
+    import nlsq
+
+    logging.disable(logging.CRITICAL)  # it reports each iteration
+    fitter = nlsq.CurveFit()  # keeps what it compiled from one fit to the next
+
+    def model(x, a, k, c):
+        return a * jnp.exp(-k * x) + c
+
+    def run() -> Fitted:
+        found = [fitter.curve_fit(model, data.x, y, p0=P0) for y in data.y]
+        return Fitted(np.array([np.asarray(popt) for popt, _ in found]))
+
+    return run
+
+
 def optimistix_vmap(data: Data) -> Callable[[], Fitted]:
     import jax
     import jax.numpy as jnp
@@ -243,10 +255,10 @@ SOLVERS: dict[str, tuple[str, Prepare]] = {
     "scipy curve_fit, loop": ("scipy", scipy_curve_fit),
     "scipy leastsq with jac, loop": ("scipy", scipy_leastsq),
     "lmfit Model.fit, loop": ("lmfit", lmfit_model),
+    "nlsq curve_fit, loop": ("nlsq", nlsq_curve_fit),
     "optimistix LM, vmap and jit": ("optimistix", optimistix_vmap),
     "lumafit, numba": ("lumafit", lumafit_pixelwise),
 }
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 SMOKE = ("lmsolve", "lmsolve, all cores", "lmsolve, user's jac", "scipy curve_fit, loop")
 
 
@@ -255,13 +267,12 @@ SMOKE = ("lmsolve", "lmsolve, all cores", "lmsolve, user's jac", "scipy curve_fi
 
 def share_of(name: str, data: Data) -> Data:
     """The data a solver is given: all of them, unless it is too slow for that."""
-    if not name.startswith("lmfit"):
-        return data
-    return Data(data.x, data.y[: max(1, round(SLOW * len(data.y)))])
+    share = SLOW.get(name, 1.0)
+    return Data(data.x, data.y[: max(1, round(share * len(data.y)))])
 
 
 def measure(
-    names: list[str], data: Data, repeats: int, clock: Callable[[], float]
+    names: list[str], data: Data, repeats: int, clock: Clock
 ) -> tuple[list[Row], dict[str, np.ndarray]]:
     """Rows with the seconds of every run, and the parameters found, the solvers taking turns."""
     rows, runs, found = [], [], {}
@@ -283,7 +294,7 @@ def measure(
     return rows, found
 
 
-def timed(run: Callable[[], Fitted], clock: Callable[[], float]) -> tuple[float, Fitted]:
+def timed(run: Callable[[], Fitted], clock: Clock) -> tuple[float, Fitted]:
     began = clock()
     fitted = run()
     return clock() - began, fitted
@@ -313,7 +324,7 @@ def newton(data: Data, x: np.ndarray, steps: int = 5) -> np.ndarray:
     for _ in range(steps):
         a, k, c = x.T[:, :, None]
         columns = np.broadcast_arrays(*decay_columns(data.x, a, k, c))
-        r = decay(data.x, a, k, c) - data.y
+        r = decay(data.x, a, k, c) - data.y[: len(x)]
         J = np.stack(columns, axis=2)
         H = J.mT @ J
         mixed = np.sum(r * -data.x * columns[0], axis=1)
@@ -324,17 +335,9 @@ def newton(data: Data, x: np.ndarray, steps: int = 5) -> np.ndarray:
     return x
 
 
-def resident(key: str) -> float:
-    """VmRSS, memory of this process now, or VmHWM, its peak, in MiB (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(key))
-
-
 def peak_of(name: str, fits: int) -> float | None:
     """Peak memory of one run in a fresh process beyond imports and data, in MiB."""
-    command = [sys.executable, __file__, "--peak", name, "--fits", str(fits)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return float(done.stdout.split()[-1]) if done.returncode == 0 else None
+    return in_fresh_process(__file__, "--peak", name, "--fits", str(fits))
 
 
 def print_peak(name: str, fits: int) -> None:
@@ -342,11 +345,7 @@ def print_peak(name: str, fits: int) -> None:
     package, prepare = SOLVERS[name]
     if package:
         importlib.import_module(package)
-    run = prepare(share_of(name, make_data(fits)))
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from what is held now
-    before = resident("VmRSS")
-    run()
-    print(resident("VmHWM") - before)
+    print(peak_beyond_now(prepare(share_of(name, make_data(fits)))))
 
 
 # The GPU
@@ -430,25 +429,6 @@ def report_spots(case: dict[str, Any]) -> str:
     )
 
 
-def environment() -> dict[str, Any]:
-    names = ("numpy", "scipy", "torch", "lmfit", "optimistix", "jax", "lumafit", "numba")
-    versions = {}
-    for name in names:
-        if importlib.util.find_spec(name) is not None:
-            versions[name] = importlib.metadata.version(name)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "python": platform.python_version(),
-        "cpu": models[0] if models else platform.processor(),
-        "cores": CORES,
-        "load": os.getloadavg()[0],
-        **versions,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="a few fits, nothing written")
@@ -457,7 +437,7 @@ def main() -> None:
     parser.add_argument("--spots", type=int, default=1_000_000, help="fits of the GPU case")
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu on a busy machine")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="where the raw JSON goes")
+    parser.add_argument("--output", type=Path, default=RESULTS / "many_fits.json")
     parser.add_argument("--peak", metavar="NAME", help="print the peak memory of one solver")
     args = parser.parse_args()
     if args.peak:
@@ -479,16 +459,10 @@ def main() -> None:
     assert all(row.solved > 0.99 for row in rows if row.name.startswith("lmsolve"))
     case = spots(20_000 if args.smoke else args.spots)
     print("\n" + (report_spots(case) if case else "No CUDA device: the spots were not fitted."))
+    print(f"\n{footer()}")
     if not args.smoke:
-        raw = {
-            "environment": environment(),
-            "clock": args.clock,
-            "decays": [asdict(row) for row in rows],
-            "spots": case,
-        }
-        args.output.parent.mkdir(exist_ok=True)
-        args.output.write_text(json.dumps(raw, indent=1) + "\n")
-        print(f"\nRaw figures: {args.output}")
+        decays = [asdict(row) for row in rows]
+        save(args.output, {"clock": args.clock, "decays": decays, "spots": case})
 
 
 if __name__ == "__main__":

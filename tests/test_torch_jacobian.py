@@ -236,7 +236,11 @@ def test_the_expected_way_gives_the_rows_of_plain_backward(name: str) -> None:
         assert close(found[0], r) and close(found[1], J)
 
 
-@pytest.mark.parametrize("name", [name for name, (*_, way) in MODELS.items() if way == "factors"])
+#: A module that stands in two places has two names, of which functional_call takes the other.
+FACTORED = {name for name, (*_, way) in MODELS.items() if way == "factors"} - {"registered twice"}
+
+
+@pytest.mark.parametrize("name", sorted(FACTORED))
 def test_factors_give_the_rows_of_torch_func(name: str) -> None:
     torch.manual_seed(0)
     make, inputs, _ = MODELS[name]
