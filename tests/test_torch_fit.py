@@ -441,6 +441,21 @@ def dropout_net() -> nn.Module:
     return nn.Sequential(nn.Linear(1, 9), nn.Tanh(), nn.Dropout(0.1), nn.Linear(9, 1)).double()
 
 
+def test_a_resumed_fit_with_dropout_sees_a_loaders_order_again(tmp_path: Path) -> None:
+    """The look whether the model draws random numbers is taken twice, and leaves no trace."""
+    x, y = curve()
+
+    def run(steps: int, seed: int, **options: Any) -> Any:
+        model = dropout_net()
+        torch.manual_seed(seed)
+        data = DataLoader(TensorDataset(x, y), batch_size=16, shuffle=True)
+        return fit(model, data, max_steps=steps, **options).x
+
+    path = tmp_path / "state.pt"
+    run(5, 4, checkpoint=path, checkpoint_steps=1)
+    assert torch.equal(run(12, 9, resume=path), run(12, 4))
+
+
 @pytest.mark.parametrize("kind", ["full", "mini", "loader", "dropout", "sketch"])
 def test_resumed_equals_uninterrupted_to_the_bit(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

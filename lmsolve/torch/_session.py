@@ -372,7 +372,11 @@ def is_stochastic(network: Network, point: Point, batch: Batch) -> bool:
         a, b = (network.judge(point.tensors, probe, 1.0, seed).rows.detach() for _ in range(2))
         return not bool(torch.equal(a, b) or (a.isnan() & b.isnan() | (a == b)).all())
 
-    if not differs(None):
+    device = network.parameters.device
+    # The order of a shuffling loader is drawn from the same stream: a resumed run looks again.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        drawn = differs(None)
+    if not drawn:
         return False
     if differs(0):
         raise ValueError(
