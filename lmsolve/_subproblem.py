@@ -5,9 +5,10 @@ answers, for any damping mu,
 
     min_q  1/2 |J d q + r|^2 + 1/2 mu |q|^2,      p = d * q.                            (1)
 
-Three dense forms give the same p:
+Dense forms that give the same p:
 
     NormalEquations   (d J'J d + mu I) q = -d J'r        tall J; only J'J and J'r are needed
+    PackedEquations   the same, without J'J              large J that is not very tall
     DualEquations     ((J d)(J d)' + mu I) z = r,  q = -(J d)' z                 wide J, m < n
     Factored          [R; sqrt(mu) I] q = -[Q'r; 0], J d = Q R, again by QR; at lower rank
                       q = -V (s / (s^2 + mu)) U'r from the SVD of R
@@ -33,6 +34,7 @@ import numpy as np
 
 from . import _linalg, _qr
 from ._linalg import Cholesky, LinAlgError
+from ._packed import PackedCholesky
 from ._xp import Array, Namespace, diagonal, eps
 
 #: A smaller squared pivot of the scaled normal matrix sends a problem to QR: normal equations
@@ -43,6 +45,9 @@ ESCALATE = 1e-8
 LARGE = 1500
 #: Where the memory of a problem holds that its last step was ill-conditioned.
 ILL = "ill-conditioned"
+#: J'J of so many parameters, and of this part of J's memory, is not formed (see _packed) as long as
+#: the memory of a problem does not hold that single precision was too coarse for it.
+HEAVY, COARSE = 0.2, "coarse"
 
 
 class Subproblem(Protocol):
@@ -78,6 +83,10 @@ class Rows:
         Jp = self.J @ p
         return Jp if self.weights is None else self.weights * Jp
 
+    def rmatvec(self, u: Array) -> Array:
+        """Weighted J'u (n,)."""
+        return self.J.T @ (u if self.weights is None else self.weights * u)
+
     def weighted(self) -> Array:
         """The weighted Jacobian, a copy if there are weights."""
         return self.J if self.weights is None else self.J * self.weights[:, None]
@@ -105,7 +114,14 @@ def gram(xp: Namespace, rows: Rows) -> tuple[Array, Array]:
         k = min(i + block, m)  # the standard leaves slices beyond the end undefined
         B = J[i:k, :] * w[i:k, None]
         Gi, gi = xp.matmul(B.T, B), B.T @ r[i:k]
-        G, g = (Gi, gi) if G is None else (G + Gi, g + gi)
+        if G is None:
+            G, g = Gi, gi
+        elif xp is np:
+            G += Gi
+            g += gi
+        else:
+            G, g = G + Gi, g + gi
+        del B, Gi  # before the next are made
     assert G is not None
     return G, g
 
@@ -249,6 +265,52 @@ class NormalEquations:
         p = self._refined.solve(mu, d, start)
         self.escalated = self._refined.escalated
         return p
+
+
+class PackedEquations(NormalEquations):
+    """Subproblem of a large J that is not very tall, without J'J while single precision will do."""
+
+    def __init__(self, rows: Rows, memory: dict[str, Any]) -> None:
+        grad, norms = _gradient(rows)
+        super().__init__(np, None, grad, rows, norms, memory)
+        self._packed = True
+
+    @property
+    def gram(self) -> np.ndarray:
+        """J'J (n, n), formed if it was not."""
+        assert self._rows is not None
+        return gram(np, self._rows)[0] if self._packed else super().gram
+
+    def solve(self, mu: float, d: Array, start: Array | None = None) -> Array:
+        """Step p (n,); see Subproblem."""
+        try:
+            return super().solve(mu, d, start)
+        except LinAlgError:
+            if not self._packed:
+                raise
+            self._unpack()
+            return super().solve(mu, d, start)
+
+    def _factored(self, mu: float, d: Array) -> Any:
+        if self._packed:
+            assert self._rows is not None
+            try:
+                return PackedCholesky(self._rows.J, self._rows.weights, d, mu)
+            except LinAlgError:
+                self._unpack()
+        return super()._factored(mu, d)
+
+    def _unpack(self) -> None:
+        """Go over to J'J, and stay with it in this problem."""
+        assert self._memory is not None
+        self._memory[COARSE] = True
+        self._gram, self._packed, self._factor = self.gram, False, None
+
+    def _times_gram(self, p: Array) -> Array:
+        if not self._packed:
+            return super()._times_gram(p)
+        assert self._rows is not None
+        return self._rows.rmatvec(self._rows.matvec(p))
 
 
 class DualEquations:
@@ -461,8 +523,17 @@ def dense_subproblem(
     if xp is np and memory is not None and memory.get(ILL):
         with np.errstate(over="ignore", invalid="ignore"):
             return Factored(xp, rows, *_gradient(rows), memory)
+    if xp is np and memory is not None and _is_heavy(J) and not memory.get(COARSE):
+        with np.errstate(over="ignore", invalid="ignore"):
+            return PackedEquations(rows, memory)
     G, g = gram(xp, rows)
     return NormalEquations(xp, G, g, rows, memory=memory)
+
+
+def _is_heavy(J: np.ndarray) -> bool:
+    """Whether J'J is large, and large beside J (m, n)."""
+    m, n = J.shape
+    return n >= LARGE and n > HEAVY * m and J.dtype == np.float64
 
 
 def _gradient(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
