@@ -14,10 +14,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from . import _numdiff
+from ._factored import ILL
 from ._functions import as_jacobian, complex_jacobian, is_dense, other_length, wrong_shape
 from ._loss import Loss
 from ._numdiff import Differences
-from ._subproblem import ILL, NormalEquations, Subproblem
+from ._subproblem import NormalEquations, Subproblem
 from ._sums import LOCAL, LocalSums
 from ._xp import (
     Array,

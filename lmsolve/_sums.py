@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from ._factored import Rows
 from ._functions import wrong_shape
 from ._loss import Loss
-from ._subproblem import Rows, Subproblem, dense_subproblem
+from ._subproblem import Subproblem, dense_subproblem
 from ._subproblem import gram as gram_of
 from ._xp import Array, Namespace, sum_squares, to_floats
 

@@ -20,6 +20,7 @@ from scipy.linalg.blas import ddot
 from scipy.linalg.lapack import dposv, dpotrs
 
 from ._damping import ACCEPT, POOR, Damping, interpolated, updated
+from ._factored import ESCALATE, Rows
 from ._functions import ModelResidual, UserFunction
 from ._history import Iteration, settled_reach
 from ._lm import (
@@ -36,7 +37,7 @@ from ._problem import Problem
 from ._start import WEIGHT, finite_cost, first_radius
 from ._state import LMState
 from ._status import BOTH, FTOL, GTOL, XTOL
-from ._subproblem import ESCALATE, NormalEquations, Rows
+from ._subproblem import NormalEquations
 from ._trust import CUT, ITERATIONS, SLACK
 from ._xp import FLOAT, dot_itself, shares_memory
 

@@ -4,13 +4,12 @@ import numpy as np
 import pytest
 
 from lmsolve import _linalg, _subproblem
+from lmsolve._factored import Factored, Rows
 from lmsolve._linalg import LinAlgError
 from lmsolve._loss import LOSSES, Loss
 from lmsolve._subproblem import (
     DualEquations,
-    Factored,
     NormalEquations,
-    Rows,
     dense_subproblem,
     gram,
 )

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 import numpy as np
 
+from lmsolve._factored import Rows
 from lmsolve._loss import Loss
-from lmsolve._subproblem import NormalEquations, Rows
+from lmsolve._subproblem import NormalEquations
 from lmsolve._sums import LOCAL
 from lmsolve._xp import Array, Namespace, array_namespace, is_cupynumeric
 

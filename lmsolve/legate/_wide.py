@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.linalg import solve_triangular
 
+from lmsolve._factored import ESCALATE, Rows
 from lmsolve._linalg import LinAlgError
-from lmsolve._subproblem import ESCALATE, DualEquations, Rows
+from lmsolve._subproblem import DualEquations
 from lmsolve._xp import Array, array_namespace, is_cupynumeric, to_numpy
 
 from . import _memory
