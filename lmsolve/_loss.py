@@ -14,11 +14,15 @@ cost that any weighing found in 356, those weighed by ``sqrt(rho')`` in 417.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
+
+import numpy as np
 
 from ._xp import Array, Namespace, total
 
+#: Residuals of NumPy that a loss is taken of at a time: the arrays on the way stay in the cache.
+BLOCK = 2**15
 #: (xp, z) -> rho, rho', rho'' at z, each of the shape of z.
 Rho = Callable[[Namespace, Array], tuple[Array, Array, Array]]
 
@@ -64,6 +68,8 @@ class Loss(NamedTuple):
 
     def cost(self, xp: Namespace, r: Array) -> Array:
         """0-d ``0.5 * sum(C**2 rho((r / C)**2))``; NaN where a residual is not finite."""
+        if self._goes_by_blocks(xp, r):
+            return sum(self.cost(xp, block) for block in _blocks(r))
         C = self.f_scale
         cost = 0.5 * total(xp, C**2 * self.rho(xp, (r / C) ** 2)[0])
         # A bounded loss is finite at infinity, where nothing is known: 0 * inf is NaN.
@@ -71,6 +77,12 @@ class Loss(NamedTuple):
 
     def weights(self, xp: Namespace, r: Array) -> tuple[Array, Array]:
         """Factors (m,) of the rows of J, and the residuals (m,) that go with them."""
+        if self._goes_by_blocks(xp, r):
+            w, scaled = np.empty_like(r), np.empty_like(r)
+            blocks = zip(_blocks(r), _blocks(w), _blocks(scaled), strict=True)
+            for residuals, weights, weighted in blocks:
+                weights[:], weighted[:] = self.weights(xp, residuals)
+            return w, scaled
         _, rho1, _ = self.rho(xp, (r / self.f_scale) ** 2)
         w = _root(xp, rho1, float(xp.finfo(r.dtype).eps) ** 2)
         return w, r * (rho1 / w)
@@ -85,6 +97,16 @@ class Loss(NamedTuple):
         """Factors ``rho' r`` (m,) of the rows of J whose sum is the gradient of the cost."""
         _, rho1, _ = self.rho(xp, (r / self.f_scale) ** 2)
         return rho1 * r
+
+    def _goes_by_blocks(self, xp: Namespace, r: Array) -> bool:
+        """Whether residuals (m,) are many; a user's loss sees them all at once, as SciPy's does."""
+        known = not isinstance(self.rho, UserLoss) and isinstance(self.f_scale, float)
+        return xp is np and known and r.ndim == 1 and r.shape[0] > BLOCK
+
+
+def _blocks(r: np.ndarray) -> Iterator[np.ndarray]:
+    """Views of some entries of r (m,) after others."""
+    return (r[start : start + BLOCK] for start in range(0, r.shape[0], BLOCK))
 
 
 def _root(xp: Namespace, a: Array, floor: float) -> Array:

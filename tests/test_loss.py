@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
+from lmsolve import _loss
 from lmsolve._loss import LOSSES, Loss, UserLoss
 
 ROBUST = [name for name, rho in LOSSES.items() if rho is not None]
@@ -88,3 +89,36 @@ def test_costs_of_single_precision_are_summed_in_double():
     cost = Loss(LOSSES["huber"]).cost(np, r)
     assert cost.dtype == np.float64
     assert cost == pytest.approx(0.5e6 * float(r[0] * r[0]), rel=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("name", ROBUST)
+def test_many_residuals_go_block_by_block(monkeypatch, name, dtype):
+    r = np.random.default_rng(3).standard_normal(1003).astype(dtype)
+    loss = Loss(LOSSES[name], 0.5)
+    cost, (w, scaled) = loss.cost(np, r), loss.weights(np, r)
+    sizes = []
+    counted = Loss(lambda xp, z: sizes.append(z.shape[0]) or LOSSES[name](xp, z), 0.5)
+    monkeypatch.setattr(_loss, "BLOCK", 100)
+    assert counted.cost(np, r) == pytest.approx(cost, rel=1e-12)
+    for found, expected in zip(counted.weights(np, r), (w, scaled), strict=True):
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(found, expected)
+    assert sizes == 2 * ([100] * 10 + [3])
+    r[567] = np.inf
+    with np.errstate(all="ignore"):  # as `LocalSums` has it
+        assert not np.isfinite(counted.cost(np, r))
+
+
+def test_a_loss_of_the_user_sees_all_residuals_at_once(monkeypatch):
+    monkeypatch.setattr(_loss, "BLOCK", 10)
+    sizes = []
+
+    def user(z):
+        sizes.append(z.shape[0])
+        return np.stack([z, np.ones_like(z), np.zeros_like(z)])
+
+    loss = Loss(UserLoss(user))
+    loss.cost(np, np.ones(35))
+    loss.weights(np, np.ones(35))
+    assert sizes == [35, 35]
