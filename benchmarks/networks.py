@@ -9,8 +9,9 @@ torch-levenberg-marquardt, Adam and L-BFGS.
 Every contender runs in a process of its own, so that its peak memory is its own: the growth of the
 process's resident set over what it was when model and data were there. Times are wall and
 processor seconds; on a busy machine only the latter compare. A step is an accepted one, rejected
-trials included: the median of 15 (of 8 with 5,000 parameters, which twelve steps solve), in the
-best of three processes, on one thread and on two.
+trials included: median and quartiles of 15 (of 8 with 5,000 parameters, which twelve steps solve),
+in the best of three processes, on one thread and on two. "nfev" and "njev" are evaluations of the
+residuals and the Jacobian a step.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import _ladders  # noqa: E402
 import torch  # noqa: E402  (after the path, so that a checkout needs no installation)
-from _common import environment, footer  # noqa: E402
+from _common import Counter as Calls  # noqa: E402
+from _common import environment, footer, quartiles, table  # noqa: E402
 from _ladders import METHODS, PEER, peer_trainer  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
@@ -62,11 +64,20 @@ def problem(samples: int, inputs: int, width: int) -> tuple[nn.Module, Tensor, T
     return model, x, torch.sin(x.sum(1, keepdim=True))
 
 
-def stepper(contender: str, model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], object]:
-    """One accepted step on the full batch."""
+@dataclass(frozen=True)
+class Stepper:
+    """One accepted step on the full batch; evaluations (nfev, njev) up to now."""
+
+    step: Callable[[], object]
+    calls: Callable[[], tuple[int, int]]
+
+
+def stepper(contender: str, model: nn.Module, x: Tensor, y: Tensor) -> Stepper:
     if contender == PEER:
         trainer = peer_trainer(model)
-        return lambda: trainer.training_step(x, y)
+        trainer.forward = fun = Calls(trainer.forward)
+        trainer._compute_jacobian = jac = Calls(trainer._compute_jacobian)
+        return Stepper(lambda: trainer.training_step(x, y), lambda: (fun.calls, jac.calls))
     from lmsolve.torch._data import make_batch
     from lmsolve.torch._descent import Descent
     from lmsolve.torch._session import Options, Session
@@ -79,7 +90,7 @@ def stepper(contender: str, model: nn.Module, x: Tensor, y: Tensor) -> Callable[
         while not session.trial().accepted:
             pass
 
-    return step
+    return Stepper(step, lambda: (session.state.nfev, session.state.njev))
 
 
 def report_linalg(linalg: str, smoke: bool) -> None:
@@ -111,24 +122,26 @@ def report_linalg(linalg: str, smoke: bool) -> None:
         assert linalg != "legate" or traffic["jacobian"] == 0
 
 
-def measure_steps(contender: str, shape: tuple[int, int, int], repeats: int) -> dict[str, float]:
+def measure_steps(contender: str, shape: tuple[int, int, int], repeats: int) -> dict[str, Any]:
     model, x, y = problem(*shape)
     with torch.no_grad():
         model(x)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step = stepper(contender, model, x, y)
-    step()
-    wall, processor = [], []
+    steps = stepper(contender, model, x, y)
+    steps.step()
+    wall, processor, calls = [], [], steps.calls()
     for _ in range(repeats):
         a, b = time.perf_counter(), time.process_time()
-        step()
+        steps.step()
         wall.append(time.perf_counter() - a)
         processor.append(time.process_time() - b)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    nfev, njev = ((now - then) / repeats for now, then in zip(steps.calls(), calls, strict=True))
     return {
-        "wall": statistics.median(wall),
-        "processor": statistics.median(processor),
-        "slowest": max(wall),
+        "wall": wall,
+        "processor": processor,
+        "nfev": nfev,
+        "njev": njev,
         "peak_mib": (after - before) / 1024,
     }
 
@@ -269,25 +282,34 @@ def in_process(*task: Any, threads: int | None = None) -> Any:
 
 def report_steps(peers: list[str], smoke: bool, counts: list[int]) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    print(f"\n{'one accepted step':30s}{'':28s}{'wall':>10s}{'processor':>12s}{'peak':>10s}")
+    head = ["one accepted step", "", "wall ms", "quartiles", "to ours", "processor ms", "quartiles",
+            "nfev", "njev", "MiB"]  # fmt: skip
+    lines: list[list[Any]] = []
     shapes = SMOKE_SHAPES if smoke else SHAPES
-    for (name, shape), threads in itertools.product(shapes.items(), counts):
+    for (name, shape), threads in itertools.product(shapes.items(), counts[: 1 if smoke else None]):
         title = f"{name}, {threads} thread{'s' * (threads > 1)}"
-        rows: dict[str, dict[str, float]] = {}
+        rows: dict[str, dict[str, Any]] = {}
         repeats = STEPS.get(name, 3)
         for _ in range(1 if smoke else 3):  # in turn, for the machine's load changes
             for c in [*OURS, *peers]:
                 row = in_process("steps", c, shape, repeats, threads=threads)
-                rows[c] = min(rows.get(c, row), row, key=lambda r: r["wall"])
+                rows[c] = min(rows.get(c, row), row, key=lambda r: statistics.median(r["wall"]))
+        base = statistics.median(rows["ours"]["wall"])
         for contender, row in rows.items():
-            ratio = row["wall"] / rows["ours"]["wall"]
-            print(
-                f"{title:30s}{contender:28s}{1e3 * row['wall']:7.1f} ms"
-                f"{1e3 * row['processor']:9.1f} ms{row['peak_mib']:6.0f} MiB  {ratio:.1f} x",
-                flush=True,
-            )
+            wall, processor = (milliseconds(row[clock]) for clock in ("wall", "processor"))
+            ratio = f"{statistics.median(row['wall']) / base:.2f}"
+            calls = f"{row['nfev']:.1f}", f"{row['njev']:.1f}"
+            peak = f"{row['peak_mib']:.0f}"
+            lines.append([title, contender, *wall, ratio, *processor, *calls, peak])
         found[title] = rows
+    print("\n" + table(head, lines))
     return found
+
+
+def milliseconds(seconds: list[float]) -> tuple[str, str]:
+    """Median and quartiles."""
+    low, middle, high = (1e3 * s for s in quartiles(seconds))
+    return f"{middle:.1f}", f"{low:.1f} .. {high:.1f}"
 
 
 def report_ladder(

@@ -10,6 +10,10 @@ solved is defined in tests/problems.py, and all solvers get the same residual an
 
 Calls are counted by wrappers: `fun` residuals, less those for finite differences, which are `fd`;
 `jac` Jacobians (by differences: what the solver states, or fd / n where it states nothing).
+
+"ms" is the processor time of all runs of a solver, the median of five rounds in which the solvers
+take turns at every problem, beside lmsolve's of the same round; "MiB" the peak of a fresh process
+that does all these runs, beyond what it held before (Linux).
 """
 
 from __future__ import annotations
@@ -23,14 +27,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _common import RESULTS, Counter, footer, save, table
+from _common import (
+    RESULTS,
+    Counter,
+    footer,
+    in_fresh_process,
+    peak_beyond_now,
+    quartiles,
+    save,
+    table,
+)
 from scipy.optimize import least_squares as scipy_least_squares
 
 import lmsolve
 from tests import nist, problems
 
-SMOKE_NIST = ("Misra1a", "BoxBOD", "MGH17")
-SMOKE_PROBLEMS = ("rosenbrock", "bard", "watson_6", "penalty_1_4")
+SMOKE = {
+    "nist": ("Misra1a", "BoxBOD", "MGH17"),
+    "mgh": ("rosenbrock", "bard", "watson_6", "penalty_1_4"),
+}
+ROUNDS = 5
 MAX_NFEV = 10_000  # for SciPy with tight tolerances: convergence is tested, not the budget
 REFUSED = -99  # an exception instead of a result
 MARKS = {"global": "*", "local": "+", "infinity": "~", "no": ".", "exception": "!"}
@@ -65,6 +81,16 @@ class Run:
     outcome: str = ""
 
 
+@dataclass(frozen=True)
+class Price:
+    """Processor seconds of all runs of a solver, one figure a round, and peak memory in MiB."""
+
+    suite: str
+    solver: str
+    seconds: list[float]
+    peak: float | None
+
+
 def tight(tol: float, **options: Any) -> dict[str, Any]:
     return {"ftol": tol, "xtol": tol, "gtol": tol, "max_nfev": MAX_NFEV, **options}
 
@@ -97,7 +123,7 @@ def fit(solver: Solver, problem: Any, name: str, start: int, x0: Any) -> tuple[R
     fun, jac = Counter(problem.fun), Counter(problem.jac)
     options = dict(solver.options, jac=jac) if solver.exact else solver.options
     x, result, message = x0, None, ""
-    began = time.perf_counter()
+    began = time.process_time()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # SciPy's own, on overflow
@@ -105,7 +131,7 @@ def fit(solver: Solver, problem: Any, name: str, start: int, x0: Any) -> tuple[R
         x, message = result.x, result.message
     except (ValueError, np.linalg.LinAlgError) as refusal:
         message = f"{type(refusal).__name__}: {refusal}"
-    seconds = round(time.perf_counter() - began, 6)
+    seconds = round(time.process_time() - began, 6)
     fd = 0 if solver.exact or result is None else fun.calls - result.nfev
     by_differences = getattr(result, "njev", None) or fd // x0.shape[0]
     run = Run(
@@ -159,6 +185,45 @@ def outcome(problem: problems.Problem, cost: float) -> str:
     if problem.solved(cost):
         return "local"
     return "infinity" if problem.solved(cost, problem.cost_infinity) else "no"
+
+
+SUITES: dict[str, tuple[list[Solver], Callable[..., list[Run]], tuple[str, ...]]] = {
+    "nist": (nist_solvers(), run_nist, nist.NAMES),
+    "mgh": (mgh_solvers(), run_mgh, tuple(problems.PROBLEMS)),
+}
+
+
+def prices(suite: str, rounds: list[list[Run]]) -> list[Price]:
+    """What the runs of each solver took, those of a round in one sum."""
+    found = []
+    names = list(dict.fromkeys(r.problem for r in rounds[0]))
+    for name in dict.fromkeys(r.solver for r in rounds[0]):
+        seconds = [sum(r.seconds for r in runs if r.solver == name) for runs in rounds]
+        peak = in_fresh_process(__file__, "--peak", suite, name, *names)
+        found.append(Price(suite, name, seconds, peak))
+    return found
+
+
+def print_peak(suite: str, name: str, *names: str) -> None:
+    """The child's side of `prices`."""
+    solvers, run, _ = SUITES[suite]
+    chosen = [s for s in solvers if s.name == name]
+    print(peak_beyond_now(lambda: run(chosen, names)))
+
+
+def price_report(found: list[Price]) -> str:
+    by_name = {p.solver: p for p in found}
+    rows = []
+    for p in found:
+        low, middle, high = (1e3 * s for s in quartiles(p.seconds))
+        kind = " 2-point" if "2-point" in p.solver else " exact" if "exact" in p.solver else ""
+        ours = by_name.get(f"lmsolve{kind}")
+        ratio = "-" if ours is None else f"{np.median(np.divide(p.seconds, ours.seconds)):.2f}"
+        rows.append([
+            p.solver, f"{middle:,.0f}", f"{low:,.0f} .. {high:,.0f}", ratio,
+            "-" if p.peak is None else p.peak,
+        ])  # fmt: skip
+    return table(["all runs", "ms", "quartiles", "to lmsolve", "MiB"], rows)
 
 
 def nist_report(runs: list[Run], solvers: list[Solver]) -> str:
@@ -286,17 +351,24 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, default=RESULTS / "robustness.json", help="raw figures"
     )
+    parser.add_argument("--peak", nargs="+", metavar="NAME", help="MiB of one solver's runs")
     args = parser.parse_args()
-    nist_chosen = [s for s in nist_solvers() if args.only in s.name]
-    mgh_chosen = [s for s in mgh_solvers() if args.only in s.name]
-    nist_runs = run_nist(nist_chosen, SMOKE_NIST if args.smoke else nist.NAMES)
-    print(nist_report(nist_runs, nist_chosen), end="\n\n\n")
-    mgh_runs = run_mgh(mgh_chosen, SMOKE_PROBLEMS if args.smoke else tuple(problems.PROBLEMS))
-    print(mgh_report(mgh_runs, mgh_chosen))
-    print("\n" + footer())
+    if args.peak:
+        print_peak(*args.peak)
+        return
+    raw: dict[str, list[Any]] = {"prices": []}
+    for suite, report in (("nist", nist_report), ("mgh", mgh_report)):
+        solvers, run, names = SUITES[suite]
+        chosen = [s for s in solvers if args.only in s.name]
+        names = SMOKE[suite] if args.smoke else names
+        rounds = [run(chosen, names) for _ in range(2 if args.smoke else ROUNDS)]
+        priced = prices(suite, rounds)
+        print(report(rounds[0], chosen), price_report(priced), sep="\n\n", end="\n\n\n")
+        raw[suite] = [asdict(run) for run in rounds[0]]
+        raw["prices"] += [asdict(price) for price in priced]
+    print(footer())
     if not args.smoke:
-        raw = {"nist": nist_runs, "mgh": mgh_runs}
-        save(args.output, {k: [asdict(run) for run in runs] for k, runs in raw.items()})
+        save(args.output, raw)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How long does a small fit take? Four curve fits of 3 to 10 parameters, beside SciPy and lmfit.
 
     python benchmarks/small_fits.py             # the table, and results/small_fits.json
-    python benchmarks/small_fits.py --smoke     # two problems, few repeats, nothing written
+    python benchmarks/small_fits.py --smoke     # one problem, few repeats, nothing written
     python benchmarks/small_fits.py --seconds 20
 
 All solvers fit the same data from the same start with their own default tolerances, and take
@@ -12,7 +12,8 @@ median over the rounds of the ratio within a round. Calls are counted by wrapper
 differences included. "excess" is the relative distance of the cost from the lowest one found; a
 solver that ends more than 1e-6 above it gets no ratio. optimistix and nlsq, where they are
 installed (`make bench-env`), differentiate by JAX and stand in the exact rows; they compiled before
-the clock starts, and their calls are not counted.
+the clock starts, and their calls are not counted. "MiB" is the peak of one fit in a fresh process
+beyond imports and data, compilation included (Linux).
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from _common import (
     Clock,
     Counter,
     footer,
+    in_fresh_process,
+    peak_beyond_now,
     quartiles,
     save,
     seconds_of,
@@ -74,6 +77,7 @@ class Timing:
     cost: float
     fun_calls: int
     jac_calls: int
+    peak: float | None
 
 
 def decay() -> Curve:
@@ -187,10 +191,11 @@ def _with_noise(name, model_in, jac, t, true, sigma, p0) -> Curve:
     return Curve(name, model_in, model, jac, t, y, np.array(p0, dtype=float))
 
 
+CURVES = (decay, peak, three_peaks, spot)
 Solve = Callable[[Callable[..., Any], Callable[..., Any] | None], Any]
 
 
-def solvers(curve: Curve, exact: bool) -> dict[str, Solve]:
+def solvers(curve: Curve) -> dict[str, Solve]:
     """Each takes the model and its Jacobian, or None for forward differences, and returns x."""
     t, y, p0 = curve.t, curve.y, curve.p0
 
@@ -214,7 +219,7 @@ def solvers(curve: Curve, exact: bool) -> dict[str, Solve]:
         fun, Dfun = residuals(model, jac)
         return scipy.optimize.leastsq(fun, p0, Dfun=None if jac is None else Dfun)[0]
 
-    found: dict[str, Solve] = {
+    return {
         "lmsolve least_squares": ours,
         REFERENCE: scipy_method("lm"),
         "scipy least_squares trf": scipy_method("trf"),
@@ -222,13 +227,6 @@ def solvers(curve: Curve, exact: bool) -> dict[str, Solve]:
         "lmsolve curve_fit": lambda model, jac: lmsolve.curve_fit(model, t, y, p0, jac=jac)[0],
         CURVE_FIT: lambda model, jac: scipy.optimize.curve_fit(model, t, y, p0, jac=jac)[0],
     }
-    if importlib.util.find_spec("lmfit"):
-        found["lmfit minimize leastsq"] = _lmfit(curve)
-    if exact and importlib.util.find_spec("optimistix"):
-        found["optimistix LM, jit"] = _optimistix(curve)
-    if exact and importlib.util.find_spec("nlsq"):
-        found["nlsq curve_fit, jit"] = _nlsq(curve)
-    return found
 
 
 def _in_order(pair: tuple[Any, Any], p0: np.ndarray) -> tuple[Any, Any, Any]:
@@ -291,20 +289,45 @@ def _nlsq(curve: Curve) -> Solve:
     return solve
 
 
-def measure(curve: Curve, exact: bool, budget: float, least: int, clock: Clock) -> list[Timing]:
-    jac = curve.jac if exact else None
+PEERS: dict[str, Callable[[Curve], Solve]] = {"lmfit minimize leastsq": _lmfit}
+JAX: dict[str, Callable[[Curve], Solve]] = {
+    "optimistix LM, jit": _optimistix,
+    "nlsq curve_fit, jit": _nlsq,
+}
+
+
+def installed(exact: bool) -> dict[str, Callable[[Curve], Solve]]:
+    """The peers beside SciPy that make a solver of a curve."""
+    wanted = PEERS | JAX if exact else PEERS
+    return {k: make for k, make in wanted.items() if importlib.util.find_spec(k.split()[0])}
+
+
+def print_peak(problem: str, jac: str, name: str) -> None:
+    """Peak memory in MiB of one fit, in this process; only this solver's library is loaded."""
+    curve, exact = next(make for make in CURVES if make.__name__ == problem)(), jac == "exact"
+    make = installed(exact).get(name)
+    solve = make(curve) if make else solvers(curve)[name]
+    print(peak_beyond_now(lambda: solve(curve.model, curve.jac if exact else None)))
+
+
+def measure(
+    make_curve: Callable[[], Curve], exact: bool, budget: float, least: int, clock: Clock
+) -> list[Timing]:
+    curve = make_curve()
+    jac, kind = (curve.jac, "exact") if exact else (None, "2-point")
+    peers = {name: make(curve) for name, make in installed(exact).items()}
     runs, counted, fits = {}, {}, {}
-    for name, solve in solvers(curve, exact).items():
+    for name, solve in (solvers(curve) | peers).items():
         model, counted_jac = Counter(curve.model), Counter(curve.jac)
         p = solve(model, counted_jac if exact else None)
         cost = 0.5 * float(np.sum((curve.model(curve.t, *p) - curve.y) ** 2))
-        counted[name] = (cost, model.calls, counted_jac.calls)
+        peak = in_fresh_process(__file__, "--peak", make_curve.__name__, kind, name)
+        counted[name] = (cost, model.calls, counted_jac.calls, peak)
         once = seconds_of(lambda solve=solve: solve(curve.model, jac))
         fits[name] = k = max(1, round(SAMPLE / once))
         runs[name] = lambda solve=solve, k=k: [solve(curve.model, jac) for _ in range(k)]
     seconds = take_turns(runs, budget, least, clock=clock)
     seconds = {name: [s / fits[name] for s in of] for name, of in seconds.items()}
-    kind = "exact" if exact else "2-point"
     return [Timing(curve.name, kind, name, seconds[name], *counted[name]) for name in runs]
 
 
@@ -321,7 +344,7 @@ def rows_of(timings: list[Timing]) -> list[list[Any]]:
         ]
         rows.append([
             t.problem, t.jac, t.solver, f"{middle:,.0f}", f"{low:,.0f} .. {high:,.0f}", *ratios,
-            t.fun_calls, t.jac_calls, f"{t.cost / best - 1:.0e}",
+            t.fun_calls, t.jac_calls, f"{t.cost / best - 1:.0e}", "-" if t.peak is None else t.peak,
         ])  # fmt: skip
     return rows
 
@@ -337,18 +360,21 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="for each problem and jac")
     parser.add_argument("--clock", choices=CLOCKS, default="cpu")
     parser.add_argument("--output", type=Path, default=RESULTS / "small_fits.json")
+    parser.add_argument("--peak", nargs=3, metavar=("PROBLEM", "JAC", "SOLVER"), help="one fit's")
     args = parser.parse_args()
-    curves = [decay(), peak()] if args.smoke else [decay(), peak(), three_peaks(), spot()]
+    if args.peak:
+        print_peak(*args.peak)
+        return
     budget, least = (0.2, 2) if args.smoke else (args.seconds, 7)
     timings, rows = [], []
-    for curve in curves:
+    for problem in CURVES[:1] if args.smoke else CURVES:
         for exact in (False, True):
-            found = measure(curve, exact, budget, least, CLOCKS[args.clock])
+            found = measure(problem, exact, budget, least, CLOCKS[args.clock])
             timings += found
             rows += rows_of(found)
     print(table(
         ["problem", "jac", "solver", "us", "quartiles", "to lm", "to curve_fit", "fun", "jac",
-         "excess"], rows,
+         "excess", "MiB"], rows,
     ))  # fmt: skip
     print("\n" + footer())
     if not args.smoke:
