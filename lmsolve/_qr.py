@@ -34,8 +34,6 @@ LINE = 64
 #: m n^2 from which threads are worth starting: with less they are done before those of BLAS make
 #: room.
 WORTHWHILE = 5e9
-#: The arguments of tpqrt as SciPy declares them; with others the wrapper is called instead.
-SIGNATURE = "int *, int *, int *, int *, {0} *, int *, {0} *, int *, {0} *, int *, {0} *, int *"
 #: Rounds of a power iteration, at most, and what a random vector has at least, in units of its mean
 #: part, of the direction that it looks for (less one time in twelve).
 ROUNDS, SHARED = 32, 0.1
@@ -104,20 +102,42 @@ def _numpy_triangle(
 def _reduced(J: np.ndarray, r: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
     """Triangle (n + 1, n + 1) of ``[W J, r]``, in one thread."""
     m, n = J.shape
-    R = np.zeros((n + 1, n + 1), dtype=J.dtype, order="F")
-    rows = min(m, _blocks(n + 1)[1])
-    block = _aligned(rows, n + 1, J.dtype)
-    for start in range(0, m, rows):
-        stop = min(start + rows, m)
-        if stop - start < rows:
-            block = _aligned(stop - start, n + 1, J.dtype)
+
+    def take(start: int, stop: int, block: np.ndarray) -> np.ndarray:
         np.copyto(block[:, :n], J[start:stop])
         block[:, n] = r[start:stop]
         if weights is not None:
             with np.errstate(over="ignore", invalid="ignore"):
                 block[:, :n] *= weights[start:stop, None]
-        R = _stacked(R, block, 0)
+        return block
+
+    R = np.zeros((n + 1, n + 1), dtype=J.dtype, order="F")
+    first = n + 1 if n < m and _factor_in_place(take(0, n + 1, R)) else 0
+    rows = min(m - first, _blocks(n + 1)[1])
+    block = _aligned(rows, n + 1, J.dtype)
+    for start in range(first, m, rows or 1):
+        stop = min(start + rows, m)
+        if stop - start < rows:
+            block = _aligned(stop - start, n + 1, J.dtype)
+        R = _stacked(R, take(start, stop, block), 0)
     return R
+
+
+def _factor_in_place(A: np.ndarray) -> bool:
+    """Put the triangle of A (n, n), Fortran-ordered, in its place; False, and zeros, if not."""
+    n, panel = A.shape[0], _blocks(A.shape[0])[0]
+    routine = _lapack("geqrt", "iiiririri", A.dtype.char)
+    if routine is None:
+        A[...] = 0
+        return False
+    T, work = np.empty((n, panel), dtype=A.dtype), np.empty((n, panel), dtype=A.dtype)
+    size, width, info = (ctypes.byref(ctypes.c_int(k)) for k in (n, panel, 0))
+    routine(
+        size, size, width, A.ctypes.data, size, T.ctypes.data, width, work.ctypes.data, info
+    )  # fmt: skip
+    for j in range(n):
+        A[j + 1 :, j] = 0
+    return True
 
 
 def _aligned(rows: int, columns: int, dtype: Any) -> np.ndarray:
@@ -147,7 +167,7 @@ def _stacked(R: np.ndarray, below: np.ndarray, trapezoidal: int) -> np.ndarray:
     """
     k, n = below.shape
     panel = _blocks(n)[0]
-    routine = _tpqrt(R.dtype.char)
+    routine = _lapack("tpqrt", "iiiiriririri", R.dtype.char)
     if routine is None:
         wrapper = lapack.stpqrt if R.dtype == np.float32 else lapack.dtpqrt
         wrapped: np.ndarray = wrapper(trapezoidal, panel, R, below, overwrite_a=1, overwrite_b=1)[0]
@@ -168,23 +188,26 @@ def _blocks(n: int) -> tuple[int, int]:
 
 
 @cache
-def _tpqrt(kind: str) -> Callable[..., Any] | None:
-    """LAPACK's tpqrt for single ("f") or double ("d") precision; a call lets other threads run.
+def _lapack(name: str, arguments: str, kind: str) -> Callable[..., Any] | None:
+    """LAPACK's routine for single ("f") or double ("d") precision; a call lets other threads run.
 
-    Arguments are addresses, in LAPACK's order. None where SciPy's build declares another routine.
+    It takes addresses, of integers ("i") and of real numbers ("r"). None where SciPy's build
+    declares another routine.
     """
-    name = "stpqrt" if kind == "f" else "dtpqrt"
-    capsule = cython_lapack.__pyx_capi__.get(name)
+    capsule = cython_lapack.__pyx_capi__.get(("s" if kind == "f" else "d") + name)
     name_of, pointer_of = ctypes.pythonapi.PyCapsule_GetName, ctypes.pythonapi.PyCapsule_GetPointer
     name_of.restype, name_of.argtypes = ctypes.c_char_p, [ctypes.py_object]
     pointer_of.restype, pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
     if capsule is None:
         return None
-    declared = name_of(capsule)
     real = "__pyx_t_5scipy_6linalg_13cython_lapack_" + ("s" if kind == "f" else "d")
-    if declared.decode() != f"void ({SIGNATURE.format(real)})":
+    types = ", ".join({"i": "int *", "r": f"{real} *"}[argument] for argument in arguments)
+    declared = name_of(capsule)
+    if declared.decode() != f"void ({types})":
         return None
-    return ctypes.CFUNCTYPE(None, *12 * [ctypes.c_void_p])(pointer_of(capsule, declared))
+    return ctypes.CFUNCTYPE(None, *len(arguments) * [ctypes.c_void_p])(
+        pointer_of(capsule, declared)
+    )
 
 
 def negligible(m: int, n: int, epsilon: float) -> float:
