@@ -30,6 +30,8 @@ DIFFERENCES = ("2-point", "3-point", "cs")
 BACKENDS = (None, "auto", "numpy", "cupynumeric")
 TR_SOLVERS = (None, "exact", "lsmr")
 LSMR_OPTIONS = ("atol", "btol", "maxiter", "regularize")
+#: NumPy's letters for single and double precision, in which LAPACK computes.
+LAPACK = "fd"
 
 
 def one_of(value: Any, name: str, allowed: Sequence[Any]) -> None:
@@ -41,8 +43,8 @@ def one_of(value: Any, name: str, allowed: Sequence[Any]) -> None:
 
 def parameters(x0: Any, name: str = "x0") -> Array:
     """x0 as a floating array (n,) that the caller does not share."""
-    if type(x0) is np.ndarray and x0.dtype.kind == "f" and x0.ndim == 1:
-        x = x0.copy() if x0.itemsize > 2 else x0.astype(float)
+    if type(x0) is np.ndarray and x0.dtype.char in LAPACK and x0.dtype.isnative and x0.ndim == 1:
+        x = x0.copy()
     elif is_foreign(x0):
         x = _foreign_parameters(x0, name)
     else:
@@ -80,8 +82,12 @@ def _numpy_parameters(x0: Any, name: str) -> np.ndarray:
         raise ValueError(
             f"`{name}` must be a sequence of numbers, got {type(x0).__name__}: {error}."
         ) from error
-    if x.dtype.kind in "biu" or x.dtype == np.float16:
+    if not x.dtype.isnative:
+        x = x.astype(x.dtype.newbyteorder("="))
+    if x.dtype.kind in "biuf" and x.dtype.char not in LAPACK:
         return x.astype(float)
+    if x.dtype.char == "G":
+        return x.astype(complex)
     if x.dtype.kind == "O" and not any(value is None for value in x.flat):
         try:
             return x.astype(float)

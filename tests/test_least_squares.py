@@ -571,6 +571,25 @@ def gauss(t, height, centre, width):
     return height / width * np.exp(-0.5 * ((t - centre) / width) ** 2)
 
 
+@pytest.mark.parametrize("dtype", [">f8", ">f4", "longdouble", ">f2"])
+def test_numbers_that_lapack_does_not_read(dtype):
+    A = np.vander(np.linspace(0, 1, 30), 4)
+    A[:, 3] = A[:, 2] + 1e-6 * A[:, 3]  # goes over to QR
+    used = np.float32 if dtype == ">f4" else np.float64
+
+    def fun(x):
+        return A @ x + 0.01 * np.sin(A @ x) - A.sum(axis=1)
+
+    def jac(x):
+        return (1 + 0.01 * np.cos(A @ x))[:, None] * A
+
+    expected = least_squares(fun, np.zeros(4, used), jac)
+    result = least_squares(fun, np.zeros(4, dtype), jac)
+    assert result.success
+    assert result.x.dtype == used and result.x.dtype.isnative
+    np.testing.assert_array_equal(result.x, expected.x)
+
+
 @pytest.mark.parametrize("scheme", ["2-point", "3-point"])
 @pytest.mark.parametrize("x0_dtype", [np.float32, np.float64])
 def test_residuals_in_single_precision(x0_dtype, scheme):
