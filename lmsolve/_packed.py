@@ -17,6 +17,8 @@ LinAlgError = np.linalg.LinAlgError
 
 #: Rows that are rounded to single precision at a time.
 ROWS = 256
+#: Parameters at most: LAPACK counts the entries of the packed factor in 32 bits.
+MOST = 65535
 #: Conjugate gradients end at this residual, of the right-hand side's, or after so many rounds.
 RESIDUAL, ROUNDS = 1e-12, 12
 
@@ -54,18 +56,19 @@ class PackedCholesky:
         """Solution (n,) for the right-hand side b; LinAlgError if it does not settle."""
         y, r = np.zeros_like(b), b.copy()
         enough = RESIDUAL * float(np.linalg.norm(b))
-        z = p = self._roughly(r)
+        z = p = self.roughly(r)
         rz = r @ z
-        for _ in range(ROUNDS):
-            if np.linalg.norm(r) <= enough:
-                return y
-            Ap = self.product(p)
-            step = rz / (p @ Ap)
-            y += step * p
-            r -= step * Ap
-            z = self._roughly(r)
-            rz, before = r @ z, rz
-            p = z + rz / before * p
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # mu may be beyond it
+            for _ in range(ROUNDS):
+                if np.linalg.norm(r) <= enough:
+                    return y
+                Ap = self.product(p)
+                step = rz / (p @ Ap)
+                y += step * p
+                r -= step * Ap
+                z = self.roughly(r)
+                rz, before = r @ z, rz
+                p = z + rz / before * p
         raise LinAlgError("single precision is too coarse a guide")
 
     def product(self, p: np.ndarray) -> np.ndarray:
@@ -76,7 +79,7 @@ class PackedCholesky:
         product: np.ndarray = self._d * (self._J.T @ Jp) + self._diagonal * p
         return product
 
-    def _roughly(self, b: np.ndarray) -> np.ndarray:
+    def roughly(self, b: np.ndarray) -> np.ndarray:
         """Solution (n,) in single precision; b is scaled to fit its range."""
         size = float(np.linalg.norm(b)) or 1.0
         column = (b / size).astype(np.float32)[:, None]

@@ -35,7 +35,7 @@ import numpy as np
 from . import _linalg
 from ._factored import ESCALATE, ILL, Factored, Rows, unscale
 from ._linalg import Cholesky, LinAlgError
-from ._packed import PackedCholesky
+from ._packed import MOST, PackedCholesky
 from ._xp import Array, Namespace, diagonal
 
 #: From so many parameters on J'J and its factor share one array, and SciPy's LAPACK factors it in
@@ -257,6 +257,16 @@ class PackedEquations(NormalEquations):
             self._unpack()
             return super().solve(mu, d, start)
 
+    def secular(self, p: Array, d: Array) -> Array:
+        """See NormalEquations. A slope for Newton's method: the digits of the factor will do.
+
+        To solve for all of them may fail where the last solve did not.
+        """
+        if not self._packed or self._refined is not None:
+            return super().secular(p, d)
+        q = unscale(np, p, d)
+        return q @ self._factor.roughly(q)
+
     def _factored(self, mu: float, d: Array) -> Any:
         if self._packed:
             assert self._rows is not None
@@ -376,7 +386,7 @@ def dense_subproblem(
 def _is_heavy(J: np.ndarray) -> bool:
     """Whether J'J is large, and large beside J (m, n)."""
     m, n = J.shape
-    return n >= LARGE and n > HEAVY * m and J.dtype == np.float64
+    return LARGE <= n <= MOST and n > HEAVY * m and J.dtype == np.float64
 
 
 def _gradient(rows: Rows) -> tuple[np.ndarray, np.ndarray]:

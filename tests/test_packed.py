@@ -68,6 +68,35 @@ def test_numbers_beyond_single_precision_give_up(bad):
         PackedCholesky(J, None, np.ones(2), 1.0)
 
 
+@pytest.mark.parametrize("mu", [1e39, 1e200])
+def test_a_damping_beyond_single_precision_gives_up_in_silence(mu):
+    with pytest.raises(LinAlgError):
+        PackedCholesky(np.eye(4, 2), None, np.ones(2), mu).solve(np.array([1.0, 0.0]))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_slope_never_gives_up_where_the_step_did_not(monkeypatch, seed):
+    monkeypatch.setattr(_subproblem, "LARGE", 30)
+    J = paired(150, 40, 300.0 + 50.0 * seed)
+    r, d = np.random.default_rng(seed).standard_normal(150), np.ones(40)
+    sub = _subproblem.dense_subproblem(np, J, r, memory={})
+    monkeypatch.setattr(_packed, "ROUNDS", 10_000)
+    p = sub.solve(1e-6, d)
+    monkeypatch.setattr(_packed, "ROUNDS", 1)
+    expected = p @ np.linalg.solve(J.T @ J + 1e-6 * np.eye(40), p)
+    assert isinstance(sub, _subproblem.PackedEquations)
+    assert sub.secular(p, d) == pytest.approx(expected, rel=0.1)
+
+
+def test_more_parameters_than_lapack_can_count_are_not_packed():
+    def form(n):
+        J = np.broadcast_to(0.0, (n, n))  # takes no memory
+        return _subproblem._is_heavy(J)
+
+    assert form(_packed.MOST) and not form(_packed.MOST + 1)
+    assert _packed.MOST * (_packed.MOST + 1) // 2 < 2**31 <= (_packed.MOST + 2) ** 2 // 2
+
+
 @pytest.mark.parametrize("condition", [1.0, 1e2, 1e4, 1e8])
 @pytest.mark.parametrize(
     "options",
