@@ -168,6 +168,8 @@ class LevenbergMarquardt:
             getattr(problem, "refine_derivatives", bool)()
         if state.escalated:
             getattr(problem, "escalate", bool)()
+        if state.coarse:
+            getattr(problem, "form_gram", bool)()
         r = problem.residual(state.x)
         (cost,) = to_floats(problem.cost(r))
         known = state.linearized and cost == state.cost  # to the last bit: no other data
@@ -346,6 +348,7 @@ class LevenbergMarquardt:
             length=length,
             accepted=accepted,
             escalated=sub.escalated,
+            coarse=getattr(problem, "is_coarse", bool)(),
             curvature=curvature,
         )
         if accepted:
@@ -438,7 +441,11 @@ class LevenbergMarquardt:
         noise = 8.0 * precision * (state.cost + rnorm * terms)
         converged = predicted <= self.ftol * state.cost
         settled = converged and change <= SETTLED
-        state = state._replace(nfev=state.nfev + 1, escalated=sub.escalated)
+        state = state._replace(
+            nfev=state.nfev + 1,
+            escalated=sub.escalated,
+            coarse=getattr(problem, "is_coarse", bool)(),
+        )
         if cost_new <= state.cost + noise:
             new = state._replace(
                 x=x_new,

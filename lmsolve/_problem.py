@@ -18,7 +18,7 @@ from ._factored import ILL
 from ._functions import as_jacobian, complex_jacobian, is_dense, other_length, wrong_shape
 from ._loss import Loss
 from ._numdiff import Differences
-from ._subproblem import NormalEquations, Subproblem
+from ._subproblem import COARSE, NormalEquations, Subproblem
 from ._sums import LOCAL, LocalSums
 from ._xp import (
     Array,
@@ -150,6 +150,14 @@ class Problem:
     def escalate(self) -> None:
         """Let the next linearisation begin with QR."""
         self._memory[ILL] = True
+
+    def is_coarse(self) -> bool:
+        """Whether a step has asked for J'J where single precision was to guide it."""
+        return COARSE in self._memory
+
+    def form_gram(self) -> None:
+        """Let linearisations form J'J, however large."""
+        self._memory[COARSE] = True
 
     def linearize(self, x: Array, r: Array) -> Subproblem:
         """Subproblem at x (n,) with residuals r (m,)."""

@@ -46,6 +46,8 @@ class LMState(NamedTuple):
         Polishing steps taken since, and times that polishing found the run not converged.
     escalated : bool
         Whether the normal equations were too ill-conditioned for the last step.
+    coarse : bool
+        Whether single precision has been too coarse a guide for a step of this run.
     central : bool
         Whether differences have gone over to the central formula.
     curvature : float
@@ -76,6 +78,7 @@ class LMState(NamedTuple):
     polished: int = 0
     doubts: int = 0
     escalated: bool = False
+    coarse: bool = False
     central: bool = False
     curvature: float = 1.0
     linearized: bool = False

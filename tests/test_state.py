@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lmsolve import LevenbergMarquardt, LMState, least_squares
+from lmsolve import LevenbergMarquardt, LMState, _subproblem, least_squares
 from lmsolve._damping import Damping
 from lmsolve._lm import LACKING
 from lmsolve._problem import Problem
@@ -71,6 +71,14 @@ def test_resumed_equals_uninterrupted(name, tmp_path):
         assert (resumed.nfev, resumed.njev, resumed.nit) == (whole.nfev, whole.njev, whole.nit)
         assert resumed.message == whole.message
         np.testing.assert_array_equal(resumed.grad, whole.grad)
+
+
+def test_resumed_equals_uninterrupted_where_a_step_asked_for_the_normal_matrix(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setattr(_subproblem, "LARGE", 1)
+    monkeypatch.setattr(_subproblem, "HEAVY", 0.0)
+    test_resumed_equals_uninterrupted("a long polish", tmp_path)
 
 
 def test_resumed_after_any_trial_rejected_ones_too(tmp_path):
