@@ -239,7 +239,7 @@ def _combine(
         np.subtract(right, out, out=out)
         slope, bent = float(sum_squares(np, out)), float(sum_squares(np, bend))
         out /= (x_j + h) - (x_j - h)
-        return math.sqrt(bent / slope) if slope > 0.0 else 0.0
+        return _bend(bent, slope)
     return 0.0
 
 
@@ -338,8 +338,13 @@ def _central_xp(
 
 
 def _bend(bent: float, slope: float) -> float:
-    """How unequal the halves of a central difference are, from sums of squares."""
-    return math.sqrt(bent / (slope if slope > 0.0 else bent + 1.0))
+    """How unequal the halves of a central difference are, from sums of squares.
+
+    Infinitely where one of them is not finite: the step has left the domain of the function.
+    """
+    if not math.isfinite(bent + slope):
+        return math.inf
+    return math.sqrt(bent / slope) if slope > 0.0 else 0.0
 
 
 def _device(a: Array) -> Any:

@@ -219,6 +219,23 @@ def test_central_differences_in_every_library_find_it_too(xp):
     np.testing.assert_allclose(J[:, 0] * [scale, 1], 1, rtol=0.02 if xp.is_single else 1e-4)
 
 
+def test_central_differences_stay_in_the_domain_of_the_function(xp):
+    room = 1e-3 if xp.is_single else 1e-6  # shorter than the usual step
+
+    def f(x):
+        with np.errstate(invalid="ignore"):
+            return xp.namespace.stack([xp.namespace.sqrt(x[0] - (1.0 - room)), x[0]])
+
+    host = np.array([1.0])
+    x = xp.array(host)
+    diff = Differences("3-point", host, precision=xp.eps)
+    J = xp.host(_numdiff.dense_xp(diff, f, x, host, f(x), squares))
+    np.testing.assert_allclose(J[:, 0] * [2.0 * room**0.5, 1], 1, rtol=0.02)
+    if xp.namespace is np:
+        J = _numdiff.dense(diff, f, x, f(x), None)
+        np.testing.assert_allclose(J[:, 0] * [2.0 * room**0.5, 1], 1, rtol=0.02)
+
+
 def test_noise_is_not_taken_for_curvature():
     rng = np.random.default_rng(0)
 
