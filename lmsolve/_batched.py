@@ -78,7 +78,8 @@ def curve_fit_many(
         derivatives. The strings ask for forward or central differences throughout.
     ftol : float, optional
         A fit ends when the predicted reduction and the change of the cost are both at most
-        ``ftol * cost``. 4 eps by default, with eps of the dtype.
+        ``ftol * cost``, and what the parameters have left to go, by the rate of the last two
+        steps, is small to match. 4 eps by default, with eps of the dtype.
     xtol : float, optional
         A fit ends when ``|p_j| <= xtol * (|x_j| + max(|r|, |y| / 100) / s_j)`` for every j of its
         step p, s_j being the largest norm of column j of J so far, or when the next step would

@@ -18,12 +18,16 @@ the size of a parameter, size_j = |x_j| + max(|r|, |y| / 100) / s_j, a fit ends 
     xtol    max_j |p_j| / size_j <= xtol, for this step or, by the rate of the last two, the next
 
 the last two only for steps that damping has not shortened. Where the predicted reduction is below
-the rounding errors of the cost, the step is taken and the cost not asked. Fits that have ended
-leave the working set and waiting ones enter, so that a few slow fits hold up no others.
+the rounding errors of the cost, the step is taken and the cost not asked. Where ftol fires and too
+much is left to go, max_j |p_j| / size_j rho / (1 - rho) by the rate rho of the last two steps, the
+fit is polished: residuals are large, Gauss-Newton converges linearly, and Anderson mixing of the
+last two steps makes the next one. Fits that have ended leave the working set and waiting ones
+enter, so that a few slow fits hold up no others.
 
 References: Nielsen (1999), "Damping parameter in Marquardt's method"; More (1978),
 "The Levenberg-Marquardt algorithm", the running maximum; Kanzow, Yamashita, Fukushima (2004),
-"Levenberg-Marquardt methods ... with convex constraints", the projection.
+"Levenberg-Marquardt methods ... with convex constraints", the projection; Anderson (1965),
+"Iterative procedures for nonlinear integral equations", the mixing.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
-from ._batched_model import Derivative, Model, rows_of
+from ._batched_model import Derivative, Model, device_of, rows_of
 from ._xp import Array, Namespace, eps, to_floats
 
 RUNNING = -10  # internal: the fit has not ended
@@ -42,6 +46,13 @@ MU_FIRST = 1e-2  # relative to the diagonal of J'J
 # of curves, the one with no failures and within 7 % of the fewest trials on four of them.
 MU_SHRINK, MU_KEEP, MU_DOUBT, MU_GROW = 0.1, 0.5, 2.0, 5.0
 RATIO_ACCEPTED = 1e-4  # More 1978, section 7
+# Polishing starts where more is left to go than these shares of the root of ftol and of xtol (1e-9
+# of the size of a parameter by the defaults in float64), and ends where a tenth of that is left. A
+# larger weight of the last step is not taken.
+LEFT_BY_FTOL, LEFT_BY_XTOL, LEFT_BY_POLISH, MOST_MIXED = 1 / 30, 30.0, 0.1, 20.0
+# It also ends after so many steps, with one that is longer than the last by so much, or, where
+# steps do not halve, below this share of the cost's rounding. All three as in single fits.
+POLISH_STEPS, PATIENCE, SPENT = 20, 4.0, 1e-3
 REFILL_BELOW = 0.85  # share of the working set that still runs when it is filled up again
 
 
@@ -191,8 +202,9 @@ def invert(xp: Namespace, A: Array) -> tuple[Array, Array]:
 
 
 class Trial(NamedTuple):
-    """A trial: point (n, b); cost, predicted reduction, relative step and, at x, the largest
-    cosine between residuals and free columns of J, and the norm of the residuals (b,)."""
+    """A trial: point (n, b); cost, predicted reduction, relative step before mixing and, at x,
+    the largest cosine between residuals and free columns of J, and the norm of the residuals
+    (b,)."""
 
     x: Array
     cost: Array
@@ -200,6 +212,20 @@ class Trial(NamedTuple):
     moved: Array
     cosine: Array
     norm_r: Array
+
+
+class Last(NamedTuple):
+    """Polishing steps in a row (b,), and the last steps (n, b) before and after mixing."""
+
+    polished: Array
+    step: Array
+    way: Array
+
+    def at(self, xp: Namespace, index: Array, more: int) -> Last:
+        """Those at `index`, and `more` that enter and are not polished."""
+        new = [xp.zeros((*a.shape[:-1], more), dtype=a.dtype, **device_of(a)) for a in self]
+        kept = [xp.take(a, index, axis=-1) for a in self]
+        return Last(*(xp.concat(both, axis=-1) for both in zip(kept, new)))
 
 
 class Loop:
@@ -217,11 +243,21 @@ class Loop:
         done: list[Fits] = []
         entered = min(self.width, total)
         fits, f, model = self._enter(waiting, 0, entered)
+        last: Last | None = None
         while True:
-            fits, f_new, accepted = self._turn(fits, f, model)
+            before = fits.x
+            fits, f_new, accepted, polished, step = self._turn(fits, f, model, last)
             running = fits.status == RUNNING
             b = running.shape[0]
-            k, moved = to_floats(xp.count_nonzero(running), xp.count_nonzero(accepted))
+            k, moved, polishing = to_floats(
+                *(xp.count_nonzero(which) for which in (running, accepted, polished))
+            )
+            if polishing:
+                count = xp.astype(polished, fits.nit.dtype)
+                count = count if last is None else count * (last.polished + 1)
+                last = Last(count, step, fits.x - before)
+            else:
+                last = None
             f = f_new if moved == b else xp.where(accepted[:, None], f_new, f)
             left = int(k)
             if left > REFILL_BELOW * b:
@@ -234,6 +270,7 @@ class Loop:
             if left == 0 and more == 0:
                 return join(xp, done)
             fits, f = take(xp, fits, stay), xp.take(f, stay, axis=0)
+            last = last and last.at(xp, stay, more)
             if more:
                 new, f_new, _ = self._enter(waiting, entered, entered + more)
                 fits, f = join(xp, [fits, new]), xp.concat([f, f_new], axis=0)
@@ -276,26 +313,34 @@ class Loop:
         fits = replace(fits, cost=cost, status=status, d=d, y_size=y_size)
         return fits, f, model
 
-    def _turn(self, fits: Fits, f: Array, model: Model) -> tuple[Fits, Array, Array]:
-        """One linearisation and one trial for every fit: fits, values at the trial, who moved."""
+    def _turn(
+        self, fits: Fits, f: Array, model: Model, last: Last | None
+    ) -> tuple[Fits, Array, Array, Array, Array]:
+        """One linearisation and one trial for every fit.
+
+        Fits, values at the trial, who moved, who is to be polished, and the step before mixing.
+        """
         xp, running = self.xp, fits.status == RUNNING
         norm_r, size = xp.sqrt(2 * fits.cost), self._size(fits)
         fits = self._linearise(fits, f, model, size, running)
         free = None if model.lower is None else _free(xp, model, fits)
         slope = fits.grad if free is None else fits.grad * free
         x_new, reduction = self._trial(fits, model, slope, free)
+        p = x_new - fits.x
+        if last is not None:
+            x_new = self._mixed(fits, model, x_new, p, last)
         f_new = model.values(xp, rows_of(x_new))
         cost_new = model.cost(xp, model.residual(xp, f_new))
         trial = Trial(
             x=x_new,
             cost=cost_new,
             reduction=reduction,
-            moved=xp.max(xp.abs(x_new - fits.x) / size, axis=0),
+            moved=xp.max(xp.abs(p) / size, axis=0),
             cosine=xp.max(xp.abs(slope) * fits.d, axis=0) / norm_r,
             norm_r=norm_r,
         )
-        fits, accepted = self._decide(fits, trial, running)
-        return fits, f_new, accepted
+        fits, accepted, polished = self._decide(fits, trial, running, last)
+        return fits, f_new, accepted, polished, p
 
     def _linearise(self, fits: Fits, f: Array, model: Model, size: Array, running: Array) -> Fits:
         """The fits with J'J, J'r and scale at x; those that have ended stay as they are."""
@@ -328,8 +373,23 @@ class Loop:
         curved = 0.5 * xp.sum(gram * p[None, :, :], axis=1)
         return x_new, -xp.sum(p * (fits.grad + curved), axis=0)
 
-    def _decide(self, fits: Fits, trial: Trial, running: Array) -> tuple[Fits, Array]:
-        """The fits after their trials, and which of them moved."""
+    def _mixed(self, fits: Fits, model: Model, x_new: Array, p: Array, last: Last) -> Array:
+        """Trial points (n, b): by Anderson mixing for the fits that are polished, else x + p."""
+        xp, ss = self.xp, fits.scale * fits.scale
+        turned = p - last.step
+        scaled = ss * turned
+        weight = xp.sum(scaled * p, axis=0) / xp.sum(scaled * turned, axis=0)
+        mixes = (last.polished > 0) & (xp.abs(weight) <= MOST_MIXED)
+        mixed = xp.where(mixes, x_new - weight * (last.way + turned), x_new)
+        if model.lower is None:
+            return mixed
+        bound = (x_new <= model.lower) | (x_new >= model.upper)
+        return xp.where(bound, x_new, xp.minimum(xp.maximum(mixed, model.lower), model.upper))
+
+    def _decide(
+        self, fits: Fits, trial: Trial, running: Array, last: Last | None
+    ) -> tuple[Fits, Array, Array]:
+        """The fits after their trials, which of them moved, and which are to be polished."""
         xp, limits = self.xp, self.limits
         small = eps(xp, fits.cost.dtype)
         # A perfect fit leaves the rounding errors of the data.
@@ -349,10 +409,22 @@ class Loop:
 
         rate = xp.where(fits.last > 0, trial.moved / fits.last, fits.rate)
         x_met = full & (trial.moved <= limits.xtol)
-        x_met = x_met | (full & accepted & (trial.moved * rate <= limits.xtol))
-        f_met = still & accepted & (trial.reduction <= max(limits.ftol, 4 * small) * fits.cost)
+        following = trial.moved * rate
+        x_met = x_met | (full & accepted & (following <= limits.xtol))
+        ftol = max(limits.ftol, 4 * small)
+        f_met = still & accepted & (trial.reduction <= ftol * fits.cost)
         nit = fits.nit + xp.astype(going, fits.nit.dtype)
-        status = xp.where(going & (nit >= limits.max_nit), 0, fits.status)
+        late = nit >= limits.max_nit
+        enough = max(LEFT_BY_FTOL * ftol**0.5, LEFT_BY_XTOL * limits.xtol)
+        far = following > enough * (1 - rate)
+        if last is not None:
+            spent = (trial.reduction <= SPENT * small * fits.cost) & (rate > 0.5)
+            on = ~spent & (rate <= PATIENCE) & (last.polished < POLISH_STEPS)
+            on = on & (following > LEFT_BY_POLISH * enough * (1 - rate))
+            far = xp.where(last.polished > 0, on, far)
+        polished = f_met & far & ~late
+        f_met = f_met ^ polished
+        status = xp.where(going & late, 0, fits.status)
         stuck = going & ~accepted & ~(trial.moved > small)
         status = xp.where(stuck, STUCK, status)
         status = xp.where(f_met | (stuck & (trial.cosine <= small ** (1 / 3))), 2, status)
@@ -373,7 +445,7 @@ class Loop:
             status=status,
             nit=nit,
         )
-        return fits, accepted
+        return fits, accepted, polished
 
 
 def _free(xp: Namespace, model: Model, fits: Fits) -> Array:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from lmsolve import least_squares
+from lmsolve import curve_fit, least_squares
 from lmsolve._batched import curve_fit_many, least_squares_many
 from lmsolve._batched_lm import invert, solve_spd
 from lmsolve._batched_model import ByTorch, Model
@@ -93,6 +93,51 @@ def test_answers_are_those_of_single_fits_to_1e_8(jac):
     assert result.success.all()
     np.testing.assert_allclose(exact, one_by_one, rtol=1e-10)
     np.testing.assert_allclose(result.x, one_by_one, rtol=1e-8)
+
+
+def sine(x, height, frequency, phase):
+    return height * np.sin(frequency * x + phase)
+
+
+# Model, range of true parameters, start, and a seed of which the cost test alone leaves fits 1.5e-8
+# (sine) to 1.5e-7 (peak) away.
+OUTLIERS = {
+    "decay": (decay, [[1, 0.5, 0.2], [5, 2, 1]], [2.0, 1.0, 0.5], 5),
+    "peak": (peak, [[2, 1.5, 0.3, 0.1], [5, 2.5, 0.8, 0.5]], [3.0, 2.0, 0.5, 0.2], 4),
+    "sine": (sine, [[1, 1.8, 0.2], [3, 2.2, 0.6]], [2.0, 2.0, 0.4], 5),
+}
+
+
+def with_outliers(name):
+    """Model, data (40, 50) and start of one of `OUTLIERS`."""
+    model, between, p0, seed = OUTLIERS[name]
+    rng = np.random.default_rng(seed)
+    true = rng.uniform(*between, (40, len(p0)))
+    y = model(X, *true.T[:, :, None]) + 0.05 * rng.standard_normal((40, X.size))
+    return model, y + np.where(rng.random(y.shape) < 0.1, rng.standard_normal(y.shape), 0.0), p0
+
+
+@pytest.mark.parametrize("jac", [None, "3-point"])
+@pytest.mark.parametrize("name", OUTLIERS)
+def test_outliers_without_a_loss_leave_the_answers_those_of_single_fits(name, jac):
+    # Gauss-Newton converges linearly here, and the cost is flat long before the parameters are.
+    model, y, p0 = with_outliers(name)
+    singles = np.array([curve_fit(model, X, row, p0, jac="3-point")[0] for row in y])
+    size = np.maximum(np.abs(singles), 0.01 * np.max(np.abs(singles), axis=1, keepdims=True))
+    for options in ({}, {"bounds": (-100, 100)}, {"memory": 30_000}):
+        result = curve_fit_many(model, X, y, p0, jac=jac, **options)
+        assert result.success.all()
+        assert np.max(np.abs(result.x - singles) / size) < 1e-8
+        assert result.nit.max() < 30
+
+
+def test_looser_tolerances_are_not_polished_beyond():
+    model, y, p0 = with_outliers("peak")
+    nit = [
+        curve_fit_many(model, X, y, p0, jac="3-point", ftol=ftol).nit.mean()
+        for ftol in (None, 1e-10, 1e-6)
+    ]
+    assert nit[0] > nit[1] + 1 > nit[2] + 2
 
 
 def test_forward_differences_are_less_accurate_but_close():
