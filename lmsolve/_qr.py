@@ -13,6 +13,7 @@ import ctypes
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, reduce
 from typing import Any
 
@@ -31,6 +32,8 @@ LinAlgError = np.linalg.LinAlgError
 BLOCKS = ((500, 32, 520), (250, 16, 520), (64, 4, 520), (4, 4, 1032), (0, 1, 1032))
 #: Bytes of a line of the cache, and of the longest vectors of the processor.
 LINE = 64
+#: From so many columns on BLAS takes several threads for what is done here.
+SEVERAL = 64
 #: m n^2 from which threads are worth starting: with less they are done before those of BLAS make
 #: room.
 WORTHWHILE = 5e9
@@ -84,7 +87,7 @@ def _numpy_triangle(
         w = None if weights is None else weights[start:stop]
         return _reduced(J[start:stop], r[start:stop], w)
 
-    with one_thread():
+    with _alone(n) if shares <= 1 else one_thread():
         if shares <= 1:
             R = reduced(0, m)
         else:
@@ -151,13 +154,13 @@ def _aligned(rows: int, columns: int, dtype: Any) -> np.ndarray:
     return memory[skip : skip + rows * columns].reshape((rows, columns), order="F")
 
 
-@one_thread()
 def with_diagonal(R: np.ndarray, diagonal: np.ndarray) -> np.ndarray:
     """Triangle of R (n + 1, n + 1) with the rows ``[diag(diagonal), 0]`` (n, n + 1) below it."""
     n = diagonal.shape[0]
     below = np.zeros((n, n + 1), dtype=R.dtype, order="F")
     np.fill_diagonal(below, diagonal)
-    return _stacked(R.copy(order="F"), below, n)
+    with _alone(n):
+        return _stacked(R.copy(order="F"), below, n)
 
 
 def _stacked(R: np.ndarray, below: np.ndarray, trapezoidal: int) -> np.ndarray:
@@ -215,7 +218,6 @@ def negligible(m: int, n: int, epsilon: float) -> float:
     return epsilon * min(max(m, n), max(n, math.sqrt(m), NEGLIGIBLE))
 
 
-@one_thread()
 def has_full_rank(R: np.ndarray, negligible: float) -> bool:
     """Whether an upper triangle R (n, n) clearly has no negligible singular value.
 
@@ -224,13 +226,11 @@ def has_full_rank(R: np.ndarray, negligible: float) -> bool:
     """
     R = np.asfortranarray(R)  # once, not in every round
     n = R.shape[0]
-    # Not ones: two equal columns have a null vector with no part of them.
-    start = np.random.default_rng(n).standard_normal((n,)).astype(R.dtype)
-    v = w = start / np.linalg.norm(start)
+    v = w = _anywhere(n).astype(R.dtype)
     trmv = blas.strmv if R.dtype == np.float32 else blas.dtrmv
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+    with _alone(n), np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         for rounds in range(1, ROUNDS + 1):
-            v = back_substituted(R, back_substituted(R, v, transposed=True))
+            v = _back_substituted(R, _back_substituted(R, v, True), False)
             w = trmv(R, trmv(R, w), trans=1)
             inverse, largest = float(np.linalg.norm(v)), float(np.linalg.norm(w))
             v, w = v / inverse, w / largest
@@ -242,9 +242,26 @@ def has_full_rank(R: np.ndarray, negligible: float) -> bool:
     return False
 
 
-@one_thread()
+@cache
+def _anywhere(n: int) -> np.ndarray:
+    """A random unit vector (n,): ones have no part of the null vector of two equal columns."""
+    v = np.random.default_rng(n).standard_normal(n)
+    unit: np.ndarray = v / np.linalg.norm(v)
+    return unit
+
+
 def back_substituted(R: np.ndarray, c: np.ndarray, transposed: bool = False) -> np.ndarray:
-    """Solution (n,) of ``R y = c`` or ``R' y = c`` for an upper triangle R (n, n); NaN if none."""
-    trtrs = lapack.strtrs if R.dtype == np.float32 else lapack.dtrtrs
-    y, info = trtrs(R, c, lower=0, trans=int(transposed))
-    return np.full_like(c, np.nan) if info else np.asarray(y)
+    """Solution (n,) of ``R y = c`` or ``R' y = c``, R an upper triangle; not finite if none."""
+    with _alone(R.shape[0]):
+        return _back_substituted(R, c, transposed)
+
+
+def _back_substituted(R: np.ndarray, c: np.ndarray, transposed: bool) -> np.ndarray:
+    trsv = blas.strsv if R.dtype == np.float32 else blas.dtrsv
+    y: np.ndarray = trsv(R, c, trans=int(transposed))
+    return y
+
+
+def _alone(n: int) -> AbstractContextManager[None]:
+    """One BLAS thread, if n columns are enough for it to take more."""
+    return one_thread() if n >= SEVERAL else nullcontext()
