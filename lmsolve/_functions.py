@@ -119,13 +119,16 @@ def _numpy_residuals(r: Any, name: str) -> np.ndarray:
     if a.dtype.kind in "biu":
         return a.astype(float)
     if a.dtype.kind not in "fc":
-        try:
-            return a.astype(float)
-        except (TypeError, ValueError):
-            raise TypeError(
-                f"`{name}` must return numbers, got an array of dtype {a.dtype}."
-            ) from None
+        return _as_numbers(name, a, float)
     return a
+
+
+def _as_numbers(name: str, a: np.ndarray, dtype: Any) -> np.ndarray:
+    """An array of objects, say, as one of numbers; TypeError, which names the function, if not."""
+    try:
+        return a.astype(dtype)
+    except (TypeError, ValueError):
+        raise TypeError(f"`{name}` must return numbers, got an array of dtype {a.dtype}.") from None
 
 
 class ResidualAndJacobian:
@@ -251,12 +254,7 @@ def as_jacobian(J: Any, dtype: Any) -> Any:
             f"`jac` must return one matrix of numbers, got {type(J).__name__}: {error}."
         ) from error
     if a.dtype.kind in "OUSV":
-        try:
-            return a.astype(dtype)
-        except (TypeError, ValueError):
-            raise TypeError(
-                f"`jac` must return numbers, got an array of dtype {a.dtype}."
-            ) from None
+        return _as_numbers("jac", a, dtype)
     if a.dtype.kind == "c":
         raise complex_jacobian()
     return a.astype(dtype, copy=False)
